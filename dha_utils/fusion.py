@@ -1,0 +1,144 @@
+"""From a `HeadPlan` to a DHA model: the shared heads of each group, by mean pooling or by spectral fusion.
+
+The paper's learned linear fusion (DHA §4.2) will stand beside them.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from .modeling import DhaAttention, DhaConfig, DhaForCausalLM
+from .spectral import SpectralLayer
+from .statistics import collect_statistics, with_bias
+
+METHODS = ("mean", "spectral")
+
+
+def fuse(model, plan, blocks=None, method="spectral", free_frequencies=True, layers=None):
+    """The DHA model of `plan`, made from a LLaMA `model` (multi-head or grouped-query) without any training.
+
+    `method="mean"`: weights averaged over each group, as in GQA (Ainslie et al. 2023, §2.1). `method="spectral"`: the
+    closed form of `spectral.py`, from `blocks` of calibration tokens [blocks, length], or from `layers`, what
+    `spectral_layers` made of them. `free_frequencies=False` keeps the standard RoPE planes.
+
+    Raises ValueError if the method is unknown, its calibration is missing or the plan is of another shape.
+    """
+    check_method(method)
+    shape = (len(plan.key_groups), plan.source_heads)
+    if shape != (model.config.num_hidden_layers, model.config.num_key_value_heads):
+        raise ValueError(
+            f"the plan is for {shape[0]} layers of {shape[1]} key-value heads, the model has "
+            f"{model.config.num_hidden_layers} of {model.config.num_key_value_heads}: make a plan for this model"
+        )
+    if method == "spectral" and layers is None:
+        layers = spectral_layers(model, blocks, free_frequencies)
+    fused_layers = [
+        fuse_layer(layer.self_attn, plan.key_groups[i], plan.value_groups[i], layers[i] if layers else None)
+        for i, layer in enumerate(model.model.layers)
+    ]
+    fused = DhaForCausalLM(dha_config(model.config, fused_layers)).to(model.device, model.dtype)
+    weights = {name: weight for name, weight in model.state_dict().items() if ".self_attn." not in name}
+    for i, layer in enumerate(fused_layers):
+        weights |= {f"model.layers.{i}.self_attn.{name}": weight for name, weight in layer.weights.items()}
+    fused.load_state_dict(weights)
+    fused.generation_config = copy.deepcopy(model.generation_config)
+    return fused.eval()
+
+
+def check_method(method):
+    if method not in METHODS:
+        raise ValueError(f"there is no fusion method {method!r}: choose one of {', '.join(METHODS)}")
+
+
+def spectral_layers(model, blocks, free_frequencies=True, progress=False):
+    """The energies of every layer's heads, from `blocks` of calibration tokens: one `SpectralLayer` a layer.
+
+    Raises ValueError without blocks.
+    """
+    if blocks is None:
+        raise ValueError("spectral fusion needs calibration text: pass blocks=token_blocks(tokenizer, texts)")
+    return [
+        SpectralLayer.measure(layer.self_attn, model.model.rotary_emb, statistics, free_frequencies)
+        for layer, statistics in zip(model.model.layers, collect_statistics(model, blocks, progress))
+    ]
+
+
+@dataclass
+class FusedLayer:
+    """The attention of one layer after fusion: its maps [query heads], RoPE planes [n_k, d/2] and weights by name."""
+
+    key_head_map: list
+    value_head_map: list
+    key_frequencies: list
+    weights: dict
+
+
+@torch.no_grad()
+def fuse_layer(attention, key_groups, value_groups, spectral=None):
+    """Fuse the heads of one `LlamaAttention`, by mean pooling if there is no `SpectralLayer`."""
+    d, queries_per_head = attention.head_dim, attention.num_key_value_groups
+    query = with_bias(attention.q_proj).unflatten(0, (-1, d)).clone()
+    output = attention.o_proj.weight.unflatten(1, (-1, d)).clone()
+    keys, values, frequencies = [], [], []
+    for group in key_groups:
+        if spectral is None or len(group) == 1:
+            key, planes = mean_head(attention.k_proj, group, d), torch.arange(d // 2)
+        else:
+            key, rows, planes = spectral.fuse_keys(group)
+            query[query_heads(group, queries_per_head)] = rows.unflatten(0, (-1, d))
+        keys.append(key)
+        frequencies.append(planes.tolist())
+    for group in value_groups:
+        if spectral is None or len(group) == 1:
+            value = mean_head(attention.v_proj, group, d)
+        else:
+            value, columns = spectral.fuse_values(group)
+            output[:, query_heads(group, queries_per_head)] = columns.unflatten(1, (-1, d))
+        values.append(value)
+    weights = {"o_proj.weight": output.flatten(1)}
+    if attention.o_proj.bias is not None:
+        weights["o_proj.bias"] = attention.o_proj.bias
+    for name, rows in (("q_proj", query.flatten(0, 1)), ("k_proj", torch.cat(keys)), ("v_proj", torch.cat(values))):
+        if attention.q_proj.bias is not None:
+            weights[f"{name}.bias"], rows = rows[:, -1], rows[:, :-1]
+        weights[f"{name}.weight"] = rows
+    maps = [head_map(groups, queries_per_head) for groups in (key_groups, value_groups)]
+    return FusedLayer(*maps, frequencies, weights)
+
+
+def mean_head(projection, group, head_dim):
+    """[d, n]: the mean of the projection's heads in `group`."""
+    return with_bias(projection).unflatten(0, (-1, head_dim))[group].mean(0)
+
+
+def query_heads(group, queries_per_head):
+    """The query heads of a group of key-value heads, in its order."""
+    return [head * queries_per_head + i for head in group for i in range(queries_per_head)]
+
+
+def head_map(groups, queries_per_head):
+    """For each query head, the index of its group."""
+    owner = {head: index for index, group in enumerate(groups) for head in query_heads(group, queries_per_head)}
+    return [owner[head] for head in sorted(owner)]
+
+
+def dha_config(config, fused_layers):
+    """The `DhaConfig` of a LLaMA `config` with the layout of `fused_layers`."""
+    standard = list(range(config.head_dim // 2))
+    frequencies = [layer.key_frequencies for layer in fused_layers]
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
+    return DhaConfig(
+        **settings | {"num_hidden_layers": len(fused_layers)},
+        key_head_map=[layer.key_head_map for layer in fused_layers],
+        value_head_map=[layer.value_head_map for layer in fused_layers],
+        key_frequencies=frequencies if any(head != standard for heads in frequencies for head in heads) else None,
+    )
+
+
+def fused_attention(config, fused_layer):
+    """A `DhaAttention` module that can stand in for the source's attention of that layer (no cache)."""
+    module = DhaAttention(dha_config(config, [fused_layer]), 0)
+    module.load_state_dict(fused_layer.weights)
+    module.config._attn_implementation = config._attn_implementation
+    return module.to(fused_layer.weights["q_proj.weight"]).eval()

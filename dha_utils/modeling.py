@@ -1,0 +1,189 @@
+"""The Decoupled-Head Attention model: LLaMA with fewer, independently shared key and value heads (DHA §4.1).
+
+    head_h = softmax(q_h · k_{key_head_map[h]}ᵀ / √d) · v_{value_head_map[h]}
+
+A checkpoint saved from here loads through `AutoModelForCausalLM` once `dha_utils` is imported.
+"""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import StaticLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel, eager_attention_forward, rotate_half
+
+
+@strict
+class DhaConfig(LlamaConfig):
+    """`LlamaConfig` with the layout of the shared heads.
+
+    `key_head_map`, `value_head_map`: per layer, for each query head the index of its key (value) head. Absent: one
+    head each. `key_frequencies`: per layer and key head, the RoPE frequency (an index below head_dim / 2) that each of
+    its head_dim / 2 planes turns with. Absent: the standard order.
+    `num_key_value_heads` stays that of the source, so that the head budget can be told from the config.
+    """
+
+    model_type = "dha"
+
+    key_head_map: list | None = None
+    value_head_map: list | None = None
+    key_frequencies: list | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        own_head = [list(range(self.num_attention_heads)) for _ in range(self.num_hidden_layers)]
+        self.key_head_map = self.key_head_map or own_head
+        self.value_head_map = self.value_head_map or own_head
+        for name in ("key_head_map", "value_head_map"):
+            _check_map(name, getattr(self, name), self.num_hidden_layers, self.num_attention_heads)
+
+    def head_counts(self):
+        """[(key heads, value heads)] per layer."""
+        return [(max(k) + 1, max(v) + 1) for k, v in zip(self.key_head_map, self.value_head_map)]
+
+    @property
+    def budget(self):
+        """Key and value heads kept, over those of the source: the ratio of the KV caches."""
+        kept = sum(keys + values for keys, values in self.head_counts())
+        return kept / (2 * self.num_hidden_layers * self.num_key_value_heads)
+
+
+def _check_map(name, layers, num_layers, num_heads):
+    if len(layers) != num_layers:
+        raise ValueError(f"{name} has {len(layers)} layers, the model {num_layers}: give one list per layer")
+    for index, heads in enumerate(layers):
+        if len(heads) != num_heads or set(heads) != set(range(max(heads) + 1)):
+            raise ValueError(
+                f"{name}[{index}] must give each of the {num_heads} query heads a head, numbered from 0 without gaps"
+            )
+
+
+class DhaAttention(LlamaAttention):
+    """Attention over `n_k` key heads and `n_v` value heads, each with its own map from the query heads."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.num_key_value_groups = 1  # the maps expand, not transformers' repeat_kv
+        keys, values = config.head_counts()[layer_idx]
+        bias = config.attention_bias
+        self.k_proj = nn.Linear(config.hidden_size, keys * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, values * self.head_dim, bias=bias)
+        self.key_groups = QueryGroups(config.key_head_map[layer_idx])
+        self.value_groups = QueryGroups(config.value_head_map[layer_idx])
+        register_tables(self)
+
+    def tables(self):
+        """For each dimension of each key head, the column of the cos and sin tables that it turns with: [n_k, d]."""
+        frequencies = self.config.key_frequencies
+        planes = torch.tensor(frequencies[self.layer_idx]).repeat(1, 2) if frequencies else None
+        return {"key_planes": planes}
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = self._rotate(query, key, *position_embeddings)
+        if past_key_values is not None:  # an empty cache is falsy
+            self._refuse_static(past_key_values)
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if query.shape[2] == 1 and past_key_values is not None and not self.training:
+            output, weights = self._decode(query, key, value, attention_mask)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            dropout = self.attention_dropout if self.training else 0.0
+            key, value = key[:, self.key_groups.group], value[:, self.value_groups.group]
+            output, weights = attend(
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _rotate(self, query, key, cos, sin):
+        """RoPE, each key head and its queries in the frequencies that the key head carries."""
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        if self.key_planes is None:
+            return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+        cos, sin = (table[:, 0, :, self.key_planes].transpose(1, 2) for table in (cos, sin))  # [batch, n_k, length, d]
+        key = key * cos + rotate_half(key) * sin
+        cos, sin = cos[:, self.key_groups.group], sin[:, self.key_groups.group]
+        return query * cos + rotate_half(query) * sin, key
+
+    def _decode(self, query, key, value, attention_mask):
+        """One new token over the cache as it is: grouped matrix products, no head is ever copied.
+
+        query [batch, heads, 1, d], key [batch, n_k, length, d], value [batch, n_v, length, d].
+        """
+        scores = self.key_groups.ungroup(self.key_groups.grouped(query) @ key.transpose(2, 3)) * self.scaling
+        if attention_mask is not None:
+            mask = attention_mask[..., -scores.shape[-1] :].squeeze(2)
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype).unsqueeze(2)
+        return self.value_groups.ungroup(self.value_groups.grouped(weights) @ value).unsqueeze(1), weights
+
+    def _refuse_static(self, cache):
+        keys, values = self.key_groups.count, self.value_groups.count
+        if keys != values and isinstance(cache.layers[self.layer_idx], StaticLayer):
+            raise ValueError(
+                f"a static cache cannot hold {keys} key heads beside {values} value heads (layer {self.layer_idx}): "
+                "use the default dynamic cache"
+            )
+
+
+class QueryGroups(nn.Module):
+    """Which query heads share a head: `group` [heads] and, padded to the largest group, `members` [groups, size]."""
+
+    def __init__(self, head_map):
+        super().__init__()
+        self.head_map, self.count = head_map, max(head_map) + 1
+        register_tables(self)
+
+    def tables(self):
+        members = [[head for head, group in enumerate(self.head_map) if group == g] for g in range(self.count)]
+        size = max(map(len, members))
+        place = [group * size + members[group].index(head) for head, group in enumerate(self.head_map)]
+        padded = [heads + heads[:1] * (size - len(heads)) for heads in members]
+        return {name: torch.tensor(t) for name, t in [("group", self.head_map), ("members", padded), ("place", place)]}
+
+    def grouped(self, states):
+        """[batch, heads, 1, n] -> [batch, groups, size, n]"""
+        return states.squeeze(2)[:, self.members]
+
+    def ungroup(self, states):
+        """[batch, groups, size, n] -> [batch, heads, n]"""
+        return states.flatten(1, 2)[:, self.place]
+
+
+def register_tables(module):
+    for name, table in module.tables().items():
+        module.register_buffer(name, table, persistent=False)
+
+
+class DhaModel(LlamaModel):
+    config: DhaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = DhaAttention(config, index)
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, DhaAttention | QueryGroups):  # from_pretrained leaves such buffers unfilled
+            register_tables(module)
+
+
+class DhaForCausalLM(LlamaForCausalLM):
+    config: DhaConfig
+
+    def __init__(self, config):
+        super(LlamaForCausalLM, self).__init__(config)  # not LlamaForCausalLM's own: it would build a LlamaModel
+        self.model = DhaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+AutoConfig.register("dha", DhaConfig, exist_ok=True)
+AutoModelForCausalLM.register(DhaConfig, DhaForCausalLM, exist_ok=True)

@@ -1,0 +1,74 @@
+"""How alike the heads of a checkpoint are (DHA §3 and B.1)."""
+
+import torch
+
+from .spectral import SpectralLayer
+from .statistics import collect_statistics, with_bias
+
+METRICS = ("weight_cka", "activation_cka", "spectral")
+
+
+@torch.no_grad()
+def head_similarity(model, blocks=None, metric="weight_cka"):
+    """Similarity of every two heads of a layer: {"query": [layers, H, H], "key": [layers, H_kv, H_kv], "value": same}.
+
+    `"weight_cka"`: linear CKA of the weights, as in the paper (B.1). `"activation_cka"`: linear CKA of what the heads
+    compute on `blocks`, centred (Kornblith et al. 2019). `"spectral"`: the share of energy that is kept if the two heads
+    are fused into one, gauge freedoms used (`spectral.py`); without "query", which is not fused. All are 1 on the
+    diagonal, and at least 0.
+
+    Raises ValueError if the metric is unknown, or needs calibration tokens and `blocks` is None.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"there is no metric {metric!r}: choose one of {', '.join(METRICS)}")
+    if blocks is None and metric != "weight_cka":
+        raise ValueError(f"the metric {metric!r} needs calibration text: pass blocks=token_blocks(tokenizer, texts)")
+    attentions = [layer.self_attn for layer in model.model.layers]
+    statistics = [None] * len(attentions) if metric == "weight_cka" else collect_statistics(model, blocks)
+    if metric == "spectral":
+        layers = [
+            _spectral_similarity(SpectralLayer.measure(attention, model.model.rotary_emb, statistic))
+            for attention, statistic in zip(attentions, statistics)
+        ]
+    else:
+        layers = [_layer_cka(attention, statistic) for attention, statistic in zip(attentions, statistics)]
+    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+
+def layer_redundancy(similarity):
+    """Mean similarity over the pairs of different heads, [layers, heads, heads] -> [layers]."""
+    heads = similarity.shape[-1]
+    return (similarity.sum((1, 2)) - similarity.diagonal(dim1=1, dim2=2).sum(1)) / (heads * (heads - 1))
+
+
+def cka(rows, middle):
+    """Linear CKA of heads `rows` [heads, d, n] with W_iᵀ M W_j in the place of W_iᵀ W_j, `middle` M [n, n]: [heads, heads].
+
+    DHA B.1: ‖W_iᵀW_j‖²_F / (‖W_iᵀW_i‖_F ‖W_jᵀW_j‖_F).
+    """
+    squared = torch.einsum("idn,nm,jem->ijde", rows, middle, rows).square().sum((2, 3))
+    norm = squared.diagonal().sqrt()
+    return squared / torch.outer(norm, norm)
+
+
+def _layer_cka(attention, statistic):
+    rows = {
+        name: with_bias(projection).unflatten(0, (-1, attention.head_dim))
+        for name, projection in (("query", attention.q_proj), ("key", attention.k_proj), ("value", attention.v_proj))
+    }
+    if statistic is None:
+        middle = torch.eye(rows["key"].shape[-1]).to(rows["key"])
+    else:
+        middle = statistic.plain - torch.outer(statistic.mean, statistic.mean)
+    return {name: cka(heads, middle) for name, heads in rows.items()}
+
+
+def _spectral_similarity(layer):
+    heads = range(len(layer.query_weight))
+    similarity = {"key": torch.eye(len(heads)), "value": torch.eye(len(heads))}
+    for name, cost in (("key", layer.key_cost), ("value", layer.value_cost)):
+        for i in heads:
+            for j in range(i):
+                lost, total = cost((i, j))
+                similarity[name][i, j] = similarity[name][j, i] = 1 - lost / total
+    return similarity

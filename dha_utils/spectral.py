@@ -1,0 +1,161 @@
+"""Spectral fusion: the best shared head of a group in closed form, up to the exact freedoms of attention.
+
+Values: v_h → v_h R, o_proj_h → R⁻¹ o_proj_h changes nothing for any invertible R, so a group may share any d-dimensional
+space. Keys: RoPE turns plane p (dimensions p and p + d/2) as one complex number, so k_p → c k_p, q_p → q_p / conj(c)
+changes nothing for any c ≠ 0; and a head may carry any choice of planes, as long as its queries carry the same.
+In both cases the least squared error is what the leading eigenvectors of a second moment leave over.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .statistics import with_bias
+
+
+def as_planes(rows, head_dim):
+    """[heads · d, n] -> complex [heads, d/2, n], plane p made of dimensions p and p + d/2 (transformers' RoPE layout)."""
+    real, imaginary = rows.unflatten(0, (-1, 2, head_dim // 2)).unbind(1)
+    return torch.complex(real, imaginary)
+
+
+def from_planes(planes):
+    """The inverse of `as_planes`: complex [heads, d/2, n] -> [heads · d, n]."""
+    return torch.stack([planes.real, planes.imag], 1).flatten(0, 2)
+
+
+def rope_hiding(rotary, distances=64):
+    """κ_p [d/2]: how far plane p still looks the same to a query over the nearest keys, |mean_Δ exp(iθ_pΔ)|².
+
+    Softmax ignores what all keys of a query have in common; RoPE turns a common part into differences unless θ_p is slow.
+    """
+    angles = torch.outer(rotary.inv_freq, torch.arange(distances, device=rotary.inv_freq.device))
+    return torch.polar(torch.ones_like(angles), angles).mean(1).abs().square()
+
+
+@dataclass
+class SpectralLayer:
+    """Energies of one layer's key and value heads, from which the cost and the fusion of any group follow.
+
+    `key_energy`: complex [d/2, heads, heads], G_hh' = √(w_h w_h') E[conj(k_h) k_h'] in each plane, w_h the mean squared
+    magnitude of the queries of key head h. `value_energy`: [heads · d, heads · d], E[v vᵀ] of the attended values.
+    `value_metric`: [heads · d, d], per head P_h = (Σ o_projᵀ o_proj)^½ over its query heads. Heads are the source's
+    key-value heads.
+    """
+
+    attention: torch.nn.Module
+    query_weight: torch.Tensor
+    key_energy: torch.Tensor
+    value_energy: torch.Tensor
+    value_metric: torch.Tensor
+    free_frequencies: bool = True
+
+    @classmethod
+    @torch.no_grad()
+    def measure(cls, attention, rotary, statistics, free_frequencies=True):
+        d = attention.head_dim
+        key = as_planes(with_bias(attention.k_proj), d)
+        query = as_planes(with_bias(attention.q_proj), d).unflatten(0, (len(key), -1))
+        weight = torch.einsum("kgpn,nm,kgpm->kp", query.conj(), statistics.plain.to(query.dtype), query).real.sqrt()
+        hidden = rope_hiding(rotary)
+        scaled = key * weight[..., None]
+        seen, attended = (
+            torch.einsum("hpn,kpn->phk", scaled.conj() @ moment.to(key.dtype), scaled)
+            for moment in (statistics.seen, statistics.attended)
+        )
+        value = with_bias(attention.v_proj)
+        output = attention.o_proj.weight.T.unflatten(0, (len(key), -1, d))  # [heads, queries, d, hidden]
+        return cls(
+            attention,
+            weight,
+            seen - hidden[:, None, None] * attended,
+            value @ statistics.attended @ value.T,
+            matrix_sqrt((output @ output.mT).sum(1)),
+            free_frequencies,
+        )
+
+    def key_spectrum(self, group):
+        """Eigenvalues [d/2, g] and eigenvectors [d/2, g, g] of the group's energy in each plane, ascending."""
+        return torch.linalg.eigh(self.key_energy[:, list(group)][:, :, list(group)])
+
+    def key_cost(self, group):
+        """Energy of the scores that one shared key head for `group` loses, and the group's whole energy."""
+        values = torch.linalg.eigvalsh(self.key_energy[:, list(group)][:, :, list(group)]).clamp(min=0)
+        kept = values.flatten().topk(len(values)).values if self.free_frequencies else values[:, -1]
+        return float(values.sum() - kept.sum()), float(values.sum())
+
+    def value_cost(self, group):
+        """Energy of the layer's output that one shared value head for `group` loses, and the group's whole energy."""
+        values = torch.linalg.eigvalsh(self._weighted_values(group)).clamp(min=0)
+        return float(values[: -self.attention.head_dim].sum()), float(values.sum())
+
+    def costs(self):
+        """The costs of a group of key heads and of value heads, as functions, over the energy of all heads."""
+        everything = range(len(self.query_weight))
+        key_total, value_total = self.key_cost(everything)[1], self.value_cost(everything)[1]
+        return (
+            lambda group: self.key_cost(group)[0] / key_total,
+            lambda group: self.value_cost(group)[0] / value_total,
+        )
+
+    def _rows(self, group):
+        d = self.attention.head_dim
+        return torch.cat([torch.arange(h * d, (h + 1) * d) for h in group])
+
+    def _weighted_values(self, group):
+        rows = self._rows(group)
+        metric = torch.block_diag(*self.value_metric[list(group)])
+        return metric @ self.value_energy[rows][:, rows] @ metric
+
+    def fuse_keys(self, group):
+        """The shared key head of `group` and its query heads, gauge balanced.
+
+        Returns the rows of k_proj [d, n], those of q_proj [queries · d, n] (query heads in the order of `group`) and the
+        RoPE frequency of each plane [d/2].
+        """
+        d = self.attention.head_dim
+        values, vectors = self.key_spectrum(group)
+        if self.free_frequencies:
+            chosen = values.flatten().topk(d // 2).indices.sort().values
+        else:
+            chosen = torch.arange(d // 2) * len(group) + len(group) - 1
+        plane, rank = chosen // len(group), chosen % len(group)
+        u = vectors[plane, :, rank].T  # [g, d/2]
+        weight = self.query_weight[group][:, plane]
+        key = as_planes(with_bias(self.attention.k_proj), d)
+        query = as_planes(with_bias(self.attention.q_proj), d).unflatten(0, (len(key), -1))
+        shared = (u * weight).unsqueeze(-1).mul(key[group][:, plane]).sum(0, keepdim=True)
+        queries = (u / weight)[:, None, :, None] * query[group][:, :, plane]
+        scale = (queries.abs().square().sum(-1).mean((0, 1)).sqrt() / shared[0].abs().square().sum(-1).sqrt()).sqrt()
+        return from_planes(shared * scale[:, None]), from_planes((queries / scale[:, None]).flatten(0, 1)), plane
+
+    def fuse_values(self, group):
+        """The shared value head of `group`: rows of v_proj [d, n] and columns of o_proj [hidden, queries · d]."""
+        d = self.attention.head_dim
+        rows = self._rows(group)
+        values, vectors = torch.linalg.eigh(self._weighted_values(group))
+        values, vectors = values[-d:].clamp(min=values[-1] * 1e-7), vectors[:, -d:]
+        metric = torch.block_diag(*self.value_metric[list(group)])
+        shared = vectors.T @ metric @ with_bias(self.attention.v_proj)[rows]
+        back = self.value_energy[rows][:, rows] @ metric @ vectors / values  # v_h from the shared value, least squares
+        output = self.attention.o_proj.weight.T.unflatten(0, (len(self.value_metric), -1, d))[group]
+        columns = back.unflatten(0, (len(group), d)).mT[:, None] @ output  # [g, queries, d, hidden]
+        scale = (columns.square().sum(-1).mean((0, 1)).sqrt() / shared.square().sum(-1).sqrt()).sqrt()
+        return shared * scale[:, None], (columns / scale[:, None]).flatten(0, 2).T
+
+
+def matrix_sqrt(matrix):
+    """Symmetric square root of positive semi-definite matrices [..., n, n]."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2) @ vectors.mT
+
+
+def mean_cost(attention):
+    """The same two functions for mean pooling, judged by the weights alone: the share of their variance within groups."""
+
+    def within_groups(projection):
+        heads = with_bias(projection).detach().unflatten(0, (-1, attention.head_dim))
+        total = float(heads.square().sum())
+        return lambda group: float((heads[list(group)] - heads[list(group)].mean(0)).square().sum()) / total
+
+    return within_groups(attention.k_proj), within_groups(attention.v_proj)

@@ -1,0 +1,74 @@
+"""What a calibration text says about the inputs of each attention layer: second moments, gathered in one pass."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+
+@dataclass
+class LayerStatistics:
+    """Moments of the attention input x of one layer, [hidden, hidden]; with attention bias x ends in a constant 1.
+
+    `plain`: E[x xᵀ] over tokens. `mean`: E[x], [hidden].
+    `attended`: E[(A_h x)(A_h x)ᵀ] over queries, what the values of head h are really averaged over.
+    `seen`: E[x xᵀ] over keys, each weighted by the attention it gets. `seen` − `attended` is the covariance within a
+    query, all that a softmax can see of the keys. Both are means over the heads.
+    """
+
+    plain: Tensor
+    mean: Tensor
+    attended: Tensor
+    seen: Tensor
+
+
+@torch.no_grad()
+def collect_statistics(model, blocks, progress=False):
+    """One `LayerStatistics` per layer of a LLaMA `model`, from `blocks` [blocks, length] of calibration tokens."""
+    layers = [layer.self_attn for layer in model.model.layers]
+    sums = [None] * len(layers)
+
+    def record(index):
+        def hook(attention, args, kwargs, output):
+            x = with_one(attention, kwargs["hidden_states"][0])
+            update = _moments(x, output[1][0])
+            sums[index] = update if sums[index] is None else [a + b for a, b in zip(sums[index], update)]
+
+        return hook
+
+    backend = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the only one that hands out attention weights
+    hooks = [layer.register_forward_hook(record(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        for block in tqdm(blocks, "statistics", disable=not progress, leave=False):
+            model.model(block[None].to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_implementation(backend)
+    return [LayerStatistics(*(total / len(blocks) for total in layer)) for layer in sums]
+
+
+def _moments(x, weights):
+    """x [length, hidden], weights [heads, length, length] -> the four moments of one block."""
+    averaged = (weights @ x).flatten(0, 1)
+    attention = weights.mean((0, 1))  # what each key gets
+    return [x.T @ x / len(x), x.mean(0), averaged.T @ averaged / len(averaged), x.T @ (attention[:, None] * x)]
+
+
+def with_one(attention, x):
+    """x [..., hidden] with a constant 1 behind it if the projections have a bias, so that the bias is one more column."""
+    return torch.cat([x, torch.ones_like(x[..., :1])], -1) if attention.q_proj.bias is not None else x
+
+
+def with_bias(linear):
+    """The weight of a projection [out, hidden], its bias as one more column."""
+    return linear.weight if linear.bias is None else torch.cat([linear.weight, linear.bias[:, None]], 1)
+
+
+def set_rows(linear, rows):
+    """Put what `with_bias` gave, changed, back into a projection."""
+    if linear.bias is not None:
+        linear.bias.copy_(rows[:, -1])
+    linear.weight.copy_(rows if linear.bias is None else rows[:, :-1])

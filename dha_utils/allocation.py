@@ -1,8 +1,9 @@
 """How the head budget is shared among layers, and between keys and values: uniformly, by cost, or by measured loss."""
 
 import numpy as np
+import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .evaluation import token_losses
 from .fusion import check_method, fuse_layer, fused_attention, spectral_layers
@@ -13,7 +14,7 @@ ALLOCATIONS = ("uniform", "cost", "loss")
 KINDS = ("key", "value")
 
 
-def plan_heads(model, blocks, budget, method="spectral", allocation="loss", seed=0, layers=None, progress=False):
+def plan_heads(model, blocks, budget, method="spectral", allocation="loss", seed=0, layers=None):
     """The `HeadPlan` for a head budget: groups of least cost in every layer, and as many heads in each as it is worth.
 
     `blocks` [blocks, length]: calibration tokens. `budget`: key and value heads to keep, as a share of the source's.
@@ -26,7 +27,7 @@ def plan_heads(model, blocks, budget, method="spectral", allocation="loss", seed
     heads = heads_for_budget(model.config, budget)
     if allocation not in ALLOCATIONS:
         raise ValueError(f"there is no allocation {allocation!r}: choose one of {', '.join(ALLOCATIONS)}")
-    partitions = group_heads(model, blocks, method, layers, progress)
+    partitions = group_heads(model, blocks, method, layers)
     if allocation == "uniform":
         counts = uniform_counts(model.config, heads)
     else:
@@ -34,7 +35,7 @@ def plan_heads(model, blocks, budget, method="spectral", allocation="loss", seed
             prices = partition_costs(partitions)
         else:
             chosen = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:8]
-            prices = loss_rises(model, blocks[chosen], partitions, method, layers, progress)
+            prices = loss_rises(model, blocks[chosen], partitions, method, layers)
         counts = knapsack(prices, heads)
     return plan_of_counts(partitions, counts)
 
@@ -44,25 +45,30 @@ def heads_for_budget(config, budget):
     if not 0 < budget <= 1:
         raise ValueError(f"a head budget is a share of the source's heads, above 0 and at most 1, not {budget}")
     source = 2 * config.num_hidden_layers * config.num_key_value_heads
-    heads, least = round(budget * source), 2 * config.num_hidden_layers
-    if heads < least:
+    heads = round(budget * source)
+    if heads < 2 * config.num_hidden_layers:
         raise ValueError(
             f"a budget of {budget} is {heads} of {source} heads, but {config.num_hidden_layers} layers need one key and "
-            f"one value head each: the smallest budget for this model is {least / source:.4f}"
+            f"one value head each: the smallest budget for this model is {least_budget(config):.4f}"
         )
     return heads
 
 
-def group_heads(model, blocks, method="spectral", layers=None, progress=False):
+def least_budget(config):
+    """One key head and one value head a layer."""
+    return 1 / config.num_key_value_heads
+
+
+def group_heads(model, blocks, method="spectral", layers=None):
     """For each layer and kind, the best partition into n = 1 … heads groups: [layer][kind][n − 1] = (cost, groups).
 
     Costs are relative: the share lost of the energy of all heads of that layer and kind.
     """
     check_method(method)
     if method == "spectral" and layers is None:
-        layers = spectral_layers(model, blocks, progress=progress)
+        layers = spectral_layers(model, blocks)
     partitions = []
-    for index, layer in enumerate(tqdm(model.model.layers, "grouping", disable=not progress, leave=False)):
+    for index, layer in enumerate(tqdm(model.model.layers, "grouping", leave=False)):
         costs = layers[index].costs() if method == "spectral" else mean_cost(layer.self_attn)
         partitions.append([best_partitions(cost, model.config.num_key_value_heads) for cost in costs])
     return partitions
@@ -74,7 +80,7 @@ def partition_costs(partitions):
 
 
 @torch.no_grad()
-def loss_rises(model, blocks, partitions, method="spectral", layers=None, progress=False):
+def loss_rises(model, blocks, partitions, method="spectral", layers=None):
     """[layers, 2, heads]: the rise of the LM loss (nats a token) if one layer alone keeps n = 1 … heads key (value) heads.
 
     The model runs from the fused layer on, from hidden states that are kept: half the work. Forced never to rise with n.
@@ -86,7 +92,7 @@ def loss_rises(model, blocks, partitions, method="spectral", layers=None, progre
     rises = torch.zeros(len(partitions), 2, heads)
     inputs = layer_inputs(model, blocks)
     base = token_losses(model, blocks).mean()
-    steps = tqdm(total=rises[..., 1:].numel(), desc="measuring losses", disable=not progress, leave=False)
+    steps = tqdm(total=rises[..., 1:].numel(), desc="measuring losses", leave=False)
     for index, layer in enumerate(model.model.layers):
         attention = layer.self_attn
         for kind in range(2):
@@ -126,6 +132,12 @@ def uniform_counts(config, heads):
     return counts.reshape(2, -1).T.tolist()
 
 
+def uniform_plan(config, counts):
+    """GQA's way: contiguous groups of nearly equal size, counts[layer] = (key heads, value heads) of them."""
+    plans = [HeadPlan.uniform(config, *count) for count in counts]
+    return HeadPlan([plan.key_groups[0] for plan in plans], [plan.value_groups[0] for plan in plans])
+
+
 def knapsack(prices, heads):
     """Counts [layers, 2] of at least one head each, `heads` in all, with the least sum of `prices` [layers, 2, n].
 
@@ -154,3 +166,23 @@ def plan_of_counts(partitions, counts):
     """The `HeadPlan` that keeps counts[layer] = (key heads, value heads), in the best groups."""
     key, value = ([layer[kind][count[kind] - 1][1] for layer, count in zip(partitions, counts)] for kind in range(2))
     return HeadPlan(key, value)
+
+
+def plan_price(prices, plan):
+    """The sum of `prices` [layers, 2, heads] over what a plan keeps."""
+    counts = zip(plan.key_heads, plan.value_heads)
+    return sum(float(prices[layer, kind, n - 1]) for layer, pair in enumerate(counts) for kind, n in enumerate(pair))
+
+
+def price_table(prices):
+    """[layers, 2, heads] as a table: a row per layer and kind, a column per number of heads kept."""
+    layers, kinds, heads = np.shape(prices)
+    index = pd.MultiIndex.from_product([range(layers), KINDS], names=["layer", "kind"])
+    columns = pd.RangeIndex(1, heads + 1, name="heads kept")
+    return pd.DataFrame(np.reshape(prices, (-1, heads)), index, columns)
+
+
+def read_prices(path):
+    """The inverse of `price_table(prices).to_csv(path)`: a tensor [layers, 2, heads]."""
+    table = pd.read_csv(path, index_col=["layer", "kind"])
+    return torch.tensor(table.to_numpy()).unflatten(0, (-1, 2))

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from . import modeling  # noqa: F401  registers "dha" with the Auto classes

@@ -9,6 +9,8 @@ import copy
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from .fusion import fuse
+from .grouping import HeadPlan
 from .spectral import as_planes, from_planes
 from .statistics import set_rows, with_bias
 
@@ -63,3 +65,18 @@ def plant_redundancy(model, seed=0):
 def _well_conditioned(size, random):
     left, right = (torch.linalg.qr(torch.randn(size, size, generator=random)).Q for _ in range(2))
     return left * (torch.rand(size, generator=random) + 0.5) @ right
+
+
+def grouped_query(model, blocks):
+    """The LLaMA `model` itself if it shares heads; else a grouped-query LLaMA made from it by fusing neighbours, two by two.
+
+    The fusion is spectral with the standard RoPE planes, so that a plain `LlamaForCausalLM` can hold the result.
+    """
+    config = model.config
+    if config.num_key_value_heads < config.num_attention_heads:
+        return model
+    kept = next(n for n in range(config.num_key_value_heads // 2, 0, -1) if config.num_key_value_heads % n == 0)
+    fused = fuse(model, HeadPlan.uniform(config, kept, kept), blocks, free_frequencies=False)
+    grouped = LlamaForCausalLM(LlamaConfig(**config.to_dict() | {"num_key_value_heads": kept}))
+    grouped.load_state_dict(fused.state_dict())
+    return grouped.to(model.device, model.dtype).eval()

@@ -51,7 +51,7 @@ def check_method(method):
         raise ValueError(f"there is no fusion method {method!r}: choose one of {', '.join(METHODS)}")
 
 
-def spectral_layers(model, blocks, free_frequencies=True, progress=False):
+def spectral_layers(model, blocks, free_frequencies=True):
     """The energies of every layer's heads, from `blocks` of calibration tokens: one `SpectralLayer` a layer.
 
     Raises ValueError without blocks.
@@ -60,7 +60,7 @@ def spectral_layers(model, blocks, free_frequencies=True, progress=False):
         raise ValueError("spectral fusion needs calibration text: pass blocks=token_blocks(tokenizer, texts)")
     return [
         SpectralLayer.measure(layer.self_attn, model.model.rotary_emb, statistics, free_frequencies)
-        for layer, statistics in zip(model.model.layers, collect_statistics(model, blocks, progress))
+        for layer, statistics in zip(model.model.layers, collect_statistics(model, blocks))
     ]
 
 

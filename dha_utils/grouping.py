@@ -75,6 +75,11 @@ class HeadPlan:
         return cls(**json.loads(Path(path).read_text()))
 
 
+def show_groups(groups):
+    """Groups as text: heads of a group joined by "+"."""
+    return "  ".join("+".join(map(str, group)) for group in groups)
+
+
 def pairwise_cost(matrix):
     """A group's cost from a [heads, heads] matrix of pairwise costs: the sum over its pairs."""
     return lambda group: float(sum(matrix[i][j] for i, j in combinations(group, 2)))

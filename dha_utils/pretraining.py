@@ -4,12 +4,13 @@ import copy
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch.nn.functional import kl_div
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .runs import write_whole
@@ -76,12 +77,14 @@ def pretrain(
             save_steps=every,
             save_total_limit=1,
             report_to="none",
+            disable_tqdm="TQDM_DISABLE" in os.environ,  # else Trainer's own bar, a table in notebooks
             use_cpu=model.device.type == "cpu",
             dataloader_pin_memory=False,
         ),
         train_dataset=as_examples(blocks),
         eval_dataset=None if validation is None else as_examples(validation),
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.teacher = teacher
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     log = pd.DataFrame(trainer.state.log_history).groupby("step", as_index=False).first()

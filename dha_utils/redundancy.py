@@ -1,5 +1,6 @@
 """How alike the heads of a checkpoint are (DHA §3 and B.1)."""
 
+import pandas as pd
 import torch
 
 from .spectral import SpectralLayer
@@ -39,6 +40,28 @@ def layer_redundancy(similarity):
     """Mean similarity over the pairs of different heads, [layers, heads, heads] -> [layers]."""
     heads = similarity.shape[-1]
     return (similarity.sum((1, 2)) - similarity.diagonal(dim1=1, dim2=2).sum(1)) / (heads * (heads - 1))
+
+
+def planted_contrast(similarities, copies):
+    """How well yardsticks tell planted copies from strangers: a table of distances (1 − similarity) per metric and kind.
+
+    `similarities`: {metric: `head_similarity` of a planted checkpoint}. Every `copies` neighbours are one head in disguise.
+    """
+    rows = {}
+    for metric, similarity in similarities.items():
+        for kind in ("key", "value"):
+            owner = torch.arange(similarity[kind].shape[-1]) // copies
+            same = (owner[:, None] == owner) & ~torch.eye(len(owner), dtype=torch.bool)
+            distance = 1 - similarity[kind]
+            near, far = distance[:, same], distance[:, owner[:, None] != owner]
+            rows[metric, kind] = {
+                "copies, mean": near.mean().item(),
+                "copies, most": near.max().item(),
+                "strangers, least": far.min().item(),
+                "strangers, mean": far.mean().item(),
+                "told apart": near.max().item() < far.min().item(),
+            }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["metric", "heads"])
 
 
 def cka(rows, middle):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 
 @dataclass
@@ -24,7 +24,7 @@ class LayerStatistics:
 
 
 @torch.no_grad()
-def collect_statistics(model, blocks, progress=False):
+def collect_statistics(model, blocks):
     """One `LayerStatistics` per layer of a LLaMA `model`, from `blocks` [blocks, length] of calibration tokens."""
     layers = [layer.self_attn for layer in model.model.layers]
     sums = [None] * len(layers)
@@ -41,7 +41,7 @@ def collect_statistics(model, blocks, progress=False):
     model.set_attn_implementation("eager")  # the only one that hands out attention weights
     hooks = [layer.register_forward_hook(record(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
-        for block in tqdm(blocks, "statistics", disable=not progress, leave=False):
+        for block in tqdm(blocks, "statistics", leave=False):
             model.model(block[None].to(model.device), use_cache=False)
     finally:
         for hook in hooks:

@@ -1,0 +1,140 @@
+"""Perplexity after fusion without any training, over budgets, methods and calibration draws.
+
+    python benchmarks/training_free.py                       # smollm2-135m, into results/training_free_smollm2-135m.csv
+    python benchmarks/training_free.py --model wiki-mha --length 256 --budgets 0.75 0.5 0.25 0.125
+
+Every row stands for one model: the same validation blocks for all, calibration blocks drawn by the seed. Rows that the
+CSV already has are not measured again, so an interrupted run resumes.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from dha_utils import fuse, load_checkpoint, load_text, perplexity, token_blocks
+from dha_utils.allocation import (
+    group_heads,
+    heads_for_budget,
+    knapsack,
+    loss_rises,
+    partition_costs,
+    plan_of_counts,
+    uniform_counts,
+    uniform_plan,
+)
+from dha_utils.evaluation import scored_tokens
+from dha_utils.fusion import spectral_layers
+from dha_utils.runs import write_whole
+
+HERE = Path(__file__).parent
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[2 / 3, 0.5, 1 / 3])
+    parser.add_argument("--length", type=int, default=512, help="tokens a block")
+    parser.add_argument("--calibration-blocks", type=int, default=8)
+    parser.add_argument("--validation-blocks", type=int, default=8)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration draws")
+    parser.add_argument("--table", action="store_true", help="only print the CSV as the Markdown table of the README")
+    parser.add_argument("--out", type=Path, help="default: results/training_free_MODEL.csv beside this script")
+    return parser.parse_args()
+
+
+def models(source, calibration, budget, cache):
+    """(method, allocation, function that makes the model) for one budget; `cache` keeps what all budgets share."""
+    heads = heads_for_budget(source.config, budget)
+    neighbours = uniform_plan(source.config, uniform_counts(source.config, heads))
+    yield "mean", "uniform", lambda: fuse(source, neighbours, method="mean")
+    if not cache:
+        cache["layers"] = spectral_layers(source, calibration)
+        cache["partitions"] = group_heads(source, calibration, layers=cache["layers"])
+    layers, partitions = cache["layers"], cache["partitions"]
+    yield "spectral, standard planes", "uniform", lambda: fuse(source, neighbours, calibration, free_frequencies=False)
+    yield "spectral", "uniform", lambda: fuse(source, neighbours, layers=layers)
+    for allocation in ("cost", "loss"):
+
+        def make(allocation=allocation):
+            if allocation not in cache:
+                cache[allocation] = (
+                    partition_costs(partitions)
+                    if allocation == "cost"
+                    else loss_rises(source, calibration, partitions, layers=layers)
+                )
+            return fuse(source, plan_of_counts(partitions, knapsack(cache[allocation], heads)), layers=layers)
+
+        yield "spectral", allocation, make
+
+
+def markdown_table(path):
+    """Mean perplexity and its range over the calibration draws: a row per method, a column per budget."""
+    rows = pd.read_csv(path)
+    rows["method"] = rows["method"].replace("mean", "mean pooling (GQA)") + ", " + rows["allocation"]
+    budgets = sorted(rows["budget"].unique(), reverse=True)
+    lines = ["| no training | " + " | ".join(f"{budget:.0%} of the heads" for budget in budgets) + " |"]
+    lines.append("|---" * (len(budgets) + 1) + "|")
+    lines.append("| source | " + " | ".join(f"{rows['base_perplexity'].iloc[0]:.1f}" for _ in budgets) + " |")
+    for method in rows["method"].unique():
+        cells = []
+        for budget in budgets:
+            values = rows.loc[(rows["method"] == method) & (rows["budget"] == budget), "perplexity"]
+            spread = f" ({values.min():,.1f} to {values.max():,.1f})" if values.nunique() > 1 else ""
+            cells.append(f"{values.mean():,.1f}{spread}")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    arguments = parse_arguments()
+    out = arguments.out or HERE / "results" / f"training_free_{Path(arguments.model).name}.csv"
+    if arguments.table:
+        print(markdown_table(out))
+        return
+    source, tokenizer = load_checkpoint(arguments.model)
+    pool = token_blocks(tokenizer, load_text("wikipedia", "calibration"), arguments.length)
+    validation = token_blocks(
+        tokenizer, load_text("wikipedia", "validation"), arguments.length, arguments.validation_blocks
+    )
+    rows = pd.read_csv(out).to_dict("records") if out.exists() else []
+    done = {(row["method"], row["allocation"], row["seed"], round(row["budget"], 4)) for row in rows}
+    base = perplexity(source, validation)
+    work = [(seed, budget) for seed in arguments.seeds for budget in arguments.budgets]
+    caches = {seed: {} for seed in arguments.seeds}
+    for seed, budget in tqdm(work, "seeds × budgets"):
+        draw = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+        calibration = pool[draw[: arguments.calibration_blocks]]
+        for method, allocation, make in models(source, calibration, budget, caches[seed]):
+            if (method, allocation, seed, round(budget, 4)) in done:
+                continue
+            start = time.perf_counter()
+            model = make()
+            seconds = time.perf_counter() - start
+            counts = model.config.head_counts()
+            result = perplexity(model, validation)
+            rows.append(
+                {
+                    "model": arguments.model,
+                    "method": method,
+                    "allocation": allocation,
+                    "budget": budget,
+                    "seed": seed,
+                    "key_heads": sum(keys for keys, _ in counts),
+                    "value_heads": sum(values for _, values in counts),
+                    "perplexity": result,
+                    "base_perplexity": base,
+                    "ratio": result / base,
+                    "calibration_tokens": calibration.numel(),
+                    "validation_tokens": scored_tokens(validation),
+                    "seconds": round(seconds, 1),
+                }
+            )
+            write_whole(out, pd.DataFrame(rows).round(4).to_csv(index=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Every figure of the notebooks. Each function draws one figure and returns it; the table behind it is the notebook's."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from scipy.cluster.hierarchy import dendrogram, linkage
+from scipy.spatial.distance import squareform
+
+sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
+COLORS = sns.color_palette("colorblind")
+KIND_COLORS = {"query": COLORS[7], "key": COLORS[0], "value": COLORS[1]}
+SHEET = "cividis"  # a map that reads the same with every kind of colour vision
+
+
+def plain_log(axis):
+    """Numbers as people write them on a logarithmic `axis.xaxis` or `axis.yaxis`."""
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_formatter(lambda x, _: f"{x:,g}" if str(f"{x:g}")[0] in "235" else "")
+
+
+def similarity_maps(similarity, layers, title):
+    """Heat maps of keys (above) and values (below) for the chosen layers; `similarity` as `head_similarity` gives it."""
+    figure, axes = plt.subplots(2, len(layers), figsize=(2.6 * len(layers) + 1, 5.4), squeeze=False, layout="constrained")
+    for row, kind in zip(axes, ("key", "value")):
+        for axis, layer in zip(row, layers):
+            image = axis.imshow(similarity[kind][layer], vmin=0, vmax=1, cmap=SHEET)
+            axis.set(title=f"{kind}s, layer {layer}", xlabel="head", ylabel="head")
+            axis.grid(False)
+            axis.set_xticks(range(len(similarity[kind][layer])))
+            axis.set_yticks(range(len(similarity[kind][layer])))
+    figure.colorbar(image, ax=axes, label="similarity (1 = interchangeable)", shrink=0.8)
+    figure.suptitle(title)
+    return figure
+
+
+def redundancy_lines(table, title, ylabel="mean similarity of two heads"):
+    """Lines over the layers, one per column of a pandas table."""
+    figure, axis = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
+    for column, marker in zip(table, "osD^v"):
+        axis.plot(table.index, table[column], marker=marker, label=column, color=KIND_COLORS.get(column))
+    axis.set(title=title, xlabel="layer", ylabel=ylabel, ylim=(0, None))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend()
+    return figure
+
+
+def head_trees(similarity, layers, title):
+    """Dendrograms of the key heads (above) and value heads (below) of the chosen layers; distance is 1 − similarity."""
+    figure, axes = plt.subplots(2, len(layers), figsize=(3 * len(layers) + 0.5, 5), squeeze=False, layout="constrained")
+    for row, kind in zip(axes, ("key", "value")):
+        for axis, layer in zip(row, layers):
+            distance = np.clip(1 - np.asarray(similarity[kind][layer]), 0, None)
+            np.fill_diagonal(distance, 0)
+            tree = linkage(squareform(distance, checks=False), "average")
+            dendrogram(tree, ax=axis, color_threshold=0, above_threshold_color=KIND_COLORS[kind])
+            axis.set(title=f"{kind}s, layer {layer}", xlabel="head", ylabel="1 − similarity")
+            axis.grid(False)
+    figure.suptitle(title)
+    return figure
+
+
+def price_maps(prices, title, label):
+    """[layers, 2, heads] as two heat maps, keys and values: a row per layer, a column per number of heads kept."""
+    prices = np.asarray(prices)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 1.8 + 0.28 * len(prices)), layout="constrained")
+    for axis, kind in zip(axes, range(2)):
+        sns.heatmap(
+            prices[:, kind, :-1],
+            ax=axis,
+            cmap=SHEET,
+            vmin=0,
+            vmax=prices.max(),
+            annot=len(prices) <= 12,
+            fmt=".2f",
+            annot_kws={"size": 8},
+            xticklabels=range(1, prices.shape[-1]),
+            cbar_kws={"label": label},
+        )
+        axis.set(title=("keys", "values")[kind], xlabel="heads kept", ylabel="layer")
+    figure.suptitle(title)
+    return figure
+
+
+def plan_bars(plans, title):
+    """Key and value heads per layer (as the paper's Fig. 8), one panel per plan of the dictionary {name: plan}."""
+    figure, axes = plt.subplots(
+        len(plans), 1, figsize=(8, 2.4 * len(plans)), sharex=True, sharey=True, layout="constrained"
+    )
+    for axis, (name, plan) in zip(np.atleast_1d(axes), plans.items()):
+        layers = np.arange(len(plan.key_heads))
+        axis.bar(layers - 0.2, plan.key_heads, 0.4, label="key heads", color=KIND_COLORS["key"])
+        axis.bar(layers + 0.2, plan.value_heads, 0.4, label="value heads", color=KIND_COLORS["value"], hatch="//")
+        axis.set(title=f"{name}: {plan.budget:.1%} of the source's heads", ylabel="heads kept", ylim=(0, plan.source_heads))
+    axis.set_xlabel("layer")
+    axis.legend(loc="upper right")
+    figure.suptitle(title)
+    return figure
+
+
+def perplexity_bars(table, base, title):
+    """Perplexity of each row of a table (index: method), on a log scale, the source's as a line."""
+    figure, axis = plt.subplots(figsize=(8, 0.5 * len(table) + 1.6), layout="constrained")
+    axis.barh(table.index[::-1], table["perplexity"][::-1], color=COLORS[0])
+    axis.axvline(base, color=COLORS[3], linestyle="--", label=f"source: {base:.1f}")
+    axis.set(title=title, xlabel="validation perplexity (log scale; lower is better)", xscale="log", xlim=(base / 2, None))
+    plain_log(axis.xaxis)
+    axis.legend()
+    return figure
+
+
+def recovery_curves(logs, base, title):
+    """Validation perplexity over tokens, one line per run of the dictionary {name: training_log}."""
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for (name, log), marker in zip(logs.items(), "osD^vP*"):
+        axis.plot(log["tokens"] / 1e3, log["perplexity"], marker=marker, label=name)
+    axis.axhline(base, color="black", linestyle="--", label=f"source, untrained: {base:.1f}")
+    axis.set(title=title, xlabel="training tokens (thousands)", ylabel="validation perplexity (log scale)", yscale="log")
+    plain_log(axis.yaxis)
+    axis.legend()
+    return figure
+
+
+def compression_chart(table, trained, bytes_per_token, title):
+    """Perplexity over head budget. `table`: budgets (index) × methods, before training; `trained`: metrics after it.
+
+    The upper axis is the size of the KV cache in bytes a token, `bytes_per_token` at a budget of 1.
+    """
+    figure, axis = plt.subplots(figsize=(8.5, 5), layout="constrained")
+    for column, marker, style in zip(table, "osD^v", ("-", "--", "-.", ":", "-")):
+        axis.plot(table.index * 100, table[column], marker=marker, linestyle=style, label=f"{column}, untrained")
+    for (name, row), marker, color in zip(trained.iterrows(), "*PXhd", COLORS[4:]):
+        label = f"{name}, after {row['tokens'] / 1e3:.0f} k tokens"
+        axis.scatter(row["budget"] * 100, row["perplexity"], marker=marker, s=130, color=color, zorder=3, label=label)
+    axis.set(
+        title=title,
+        xlabel="head budget: key and value heads kept (% of the source's)",
+        ylabel="validation perplexity (log scale; lower is better)",
+        yscale="log",
+    )
+    plain_log(axis.yaxis)
+    axis.invert_xaxis()
+    top = axis.secondary_xaxis("top", functions=(lambda x: x / 100 * bytes_per_token, lambda x: x * 100 / bytes_per_token))
+    top.set_xlabel("KV cache (bytes a token)")
+    axis.legend(fontsize=9)
+    return figure

@@ -1,0 +1,51 @@
+"""Tiny random LLaMA models: every shape that the oracles of the design ask for."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SHAPES = {
+    "gqa": {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "tie_word_embeddings": True},
+    "mha": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 12},
+    "bias": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "attention_bias": True},
+}
+
+
+def tiny_llama(seed=0, **shape):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{"vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3}
+        | {"max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 96, "pad_token_id": 96}
+        | {"initializer_range": 0.15}  # heads that differ, attention that is not flat
+        | shape
+    )
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(params=SHAPES)
+def model(request):
+    return tiny_llama(**SHAPES[request.param])
+
+
+@pytest.fixture
+def mha():
+    return tiny_llama(**SHAPES["mha"])
+
+
+@pytest.fixture
+def gqa():
+    return tiny_llama(**SHAPES["gqa"])
+
+
+@pytest.fixture
+def blocks():
+    return torch.randint(0, 96, (6, 32), generator=torch.Generator().manual_seed(7))
+
+
+@torch.no_grad()
+def logits(model, blocks):
+    return model(blocks).logits

@@ -1,0 +1,136 @@
+"""The search for groups and the sharing of the budget, against brute force."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from dha_utils import HeadPlan, plan_heads
+from dha_utils.allocation import (
+    group_heads,
+    heads_for_budget,
+    knapsack,
+    loss_rises,
+    monotone,
+    price_table,
+    read_prices,
+)
+from dha_utils.grouping import _agglomerate, best_partitions, pairwise_cost
+
+
+def partitions_of(heads):
+    """Every partition of a list, by hand."""
+    if not heads:
+        yield []
+        return
+    first, *rest = heads
+    for partition in partitions_of(rest):
+        yield [[first], *partition]
+        for i in range(len(partition)):
+            yield [*partition[:i], [first, *partition[i]], *partition[i + 1 :]]
+
+
+def random_costs(heads, seed):
+    matrix = np.random.default_rng(seed).random((heads, heads))
+    return pairwise_cost(matrix + matrix.T)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exact_search_is_brute_force(seed):
+    cost = random_costs(6, seed)
+    everything = list(partitions_of(list(range(6))))
+    for n, (total, groups) in enumerate(best_partitions(cost, 6), start=1):
+        least = min(sum(cost(tuple(g)) for g in partition) for partition in everything if len(partition) == n)
+        assert len(groups) == n and total == pytest.approx(least) == sum(cost(tuple(g)) for g in groups)
+
+
+def test_merging_finds_clear_groups_beyond_enumeration():
+    owner = np.random.default_rng(0).permutation(np.repeat(range(4), 4))
+    distance = (owner[:, None] != owner).astype(float)
+    total, groups = best_partitions(pairwise_cost(distance), 16)[3]
+    assert total == 0 and sorted(groups) == sorted(np.flatnonzero(owner == g).tolist() for g in range(4))
+
+
+def test_merging_is_near_the_optimum():
+    for seed in range(5):
+        cost = random_costs(7, seed)
+        for (exact, _), (merged, _) in zip(best_partitions(cost, 7), _agglomerate(cost, 7)):
+            assert exact - 1e-9 <= merged <= exact * 1.15 + 1e-9
+
+
+def test_knapsack_is_brute_force():
+    prices = monotone(torch.tensor(np.random.default_rng(1).random((2, 2, 3))))
+    for heads in range(4, 13):
+        least = min(
+            sum(prices[i // 2, i % 2, n - 1].item() for i, n in enumerate(counts))
+            for counts in product(range(1, 4), repeat=4)
+            if sum(counts) == heads
+        )
+        counts = knapsack(prices, heads)
+        assert sum(map(sum, counts)) == heads
+        assert sum(
+            prices[i, k, n - 1].item() for i, pair in enumerate(counts) for k, n in enumerate(pair)
+        ) == pytest.approx(least)
+    with pytest.raises(ValueError, match="13 heads cannot be shared"):
+        knapsack(prices, 13)
+
+
+def test_prices_never_rise_with_heads_and_end_at_nothing():
+    prices = monotone(torch.tensor([[[0.5, 0.7, -0.1, 9.0]]]))
+    assert prices.tolist() == [[[pytest.approx(0.7), pytest.approx(0.7), 0.0, 0.0]]]
+
+
+def test_price_table_round_trip(tmp_path):
+    prices = torch.rand(2, 2, 3, dtype=torch.float64)
+    price_table(prices).to_csv(tmp_path / "prices.csv")
+    assert torch.allclose(read_prices(tmp_path / "prices.csv"), prices)
+
+
+def test_measured_rise_is_that_of_the_fused_model(mha, blocks):
+    """Running from the fused layer on, from kept hidden states, is running the whole model."""
+    from dha_utils import fuse
+    from dha_utils.evaluation import token_losses
+    from dha_utils.fusion import spectral_layers
+
+    layers = spectral_layers(mha, blocks)
+    partitions = group_heads(mha, blocks, layers=layers)
+    rises = loss_rises(mha, blocks, partitions, layers=layers)
+    keys = [[[0], [1], [2], [3]]] * 3
+    plan = HeadPlan(keys[:2] + [partitions[2][0][0][1]], keys)
+    direct = (token_losses(fuse(mha, plan, layers=layers), blocks).mean() - token_losses(mha, blocks).mean()).item()
+    assert rises[2, 0, 0].item() == pytest.approx(max(direct, 0), abs=1e-5) or rises[2, 0, 0].item() >= direct
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "cost", "loss"])
+@pytest.mark.parametrize("method", ["mean", "spectral"])
+def test_plans_meet_their_budget(mha, blocks, allocation, method):
+    plan = plan_heads(mha, blocks, 0.5, method, allocation)
+    assert plan.budget == 0.5
+    assert plan.source_heads == 4
+    if allocation == "uniform":
+        assert set(plan.key_heads) == set(plan.value_heads) == {2}
+
+
+def test_plan_is_saved_whole(mha, tmp_path):
+    plan = HeadPlan.uniform(mha.config, 3, 1)
+    plan.save(tmp_path / "plan.json")
+    assert HeadPlan.load(tmp_path / "plan.json") == plan
+    assert plan.key_groups[0] == [[0, 1], [2], [3]] and plan.value_groups[0] == [[0, 1, 2, 3]]
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_bad_plans_and_budgets_are_refused(mha, blocks):
+    with pytest.raises(ValueError, match="exactly once"):
+        HeadPlan([[[0, 1], [1]]], [[[0], [1]]])
+    with pytest.raises(ValueError, match="cannot keep 5 of 4 heads"):
+        HeadPlan.uniform(mha.config, 5, 1)
+    for budget in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="above 0 and at most 1"):
+            plan_heads(mha, blocks, budget)
+    with pytest.raises(ValueError, match="the smallest budget for this model is 0.2500"):
+        heads_for_budget(mha.config, 0.2)
+    with pytest.raises(ValueError, match="no allocation 'greedy'"):
+        plan_heads(mha, blocks, 0.5, allocation="greedy")
+    with pytest.raises(ValueError, match="no fusion method"):
+        plan_heads(mha, blocks, 0.5, method="median")

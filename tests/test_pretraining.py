@@ -1,0 +1,131 @@
+"""Recovery on tiny models: the loss falls, only what may move moves, an interrupted run ends where a whole one does."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import logits
+
+from dha_utils import HeadPlan, fuse, pretrain
+from dha_utils.evaluation import perplexity, scored_tokens, token_losses
+from dha_utils.pretraining import training_log
+from dha_utils.runs import open_run, record_metrics, require, save_model, write_whole
+
+
+@pytest.fixture
+def fused(mha, blocks):
+    return fuse(mha, HeadPlan.uniform(mha.config, 2, 1), blocks)
+
+
+def changed(before, after):
+    pairs = zip(before.named_parameters(), after.named_parameters())
+    return {name for (name, old), (_, new) in pairs if not torch.equal(old, new)}
+
+
+def test_distillation_draws_the_model_to_its_teacher(mha, fused, blocks, tmp_path):
+    before = (logits(fused, blocks) - logits(mha, blocks)).square().mean()
+    trained = pretrain(fused, blocks, 2560, mha, learning_rate=5e-3, tokens_per_step=64, output_dir=tmp_path)
+    after = (logits(trained, blocks) - logits(mha, blocks)).square().mean()
+    assert after < 0.5 * before
+    names = changed(fused, trained)
+    assert names and all(".self_attn." in name for name in names)
+    assert type(trained) is type(fused) and not trained.training
+
+
+def test_lm_loss_on_all_weights_and_the_source_as_control(mha, fused, blocks, tmp_path):
+    for name, model in (("fused", fused), ("source", mha)):
+        folder = tmp_path / name
+        trained = pretrain(
+            model,
+            blocks,
+            640,
+            trainable="all",
+            learning_rate=1e-2,
+            tokens_per_step=64,
+            validation=blocks,
+            output_dir=folder,
+        )
+        log = training_log(folder)
+        assert log["tokens"].tolist() == [0, 128, 256, 384, 512, 640]
+        assert log["perplexity"].iloc[0] == pytest.approx(perplexity(model, blocks), rel=1e-4)
+        assert log["perplexity"].iloc[-1] == pytest.approx(perplexity(trained, blocks), rel=1e-4)
+        assert log["perplexity"].iloc[-1] < 0.9 * log["perplexity"].iloc[0]
+        assert len(changed(model, trained)) == len(list(model.parameters()))
+
+
+def test_interrupted_training_ends_where_a_whole_run_does(mha, fused, blocks, tmp_path):
+    def run(folder):
+        return pretrain(fused, blocks, 640, mha, tokens_per_step=64, learning_rate=1e-3, output_dir=folder)
+
+    whole = run(tmp_path / "whole")
+    [kept] = (tmp_path / "whole").glob("*/checkpoint-10")
+    assert (kept / "model.safetensors").is_file()
+
+    class Killed(Exception):
+        pass
+
+    def kill(*_):
+        calls.append(1)
+        if len(calls) == 6:
+            raise Killed
+
+    calls = []
+    hook = fused.model.layers[0].register_forward_pre_hook(kill)
+    with pytest.raises(Killed):
+        run(tmp_path / "cut")
+    hook.remove()
+    resumed = run(tmp_path / "cut")
+    assert not changed(whole, resumed)
+
+
+def test_a_changed_run_does_not_resume_from_another(mha, fused, blocks, tmp_path):
+    first = pretrain(fused, blocks, 128, tokens_per_step=64, output_dir=tmp_path)
+    second = pretrain(fused, blocks, 128, tokens_per_step=64, output_dir=tmp_path, seed=1)
+    assert changed(first, second)
+
+
+def test_bad_training_requests_are_refused(fused, blocks, tmp_path):
+    with pytest.raises(ValueError, match="10 tokens in steps of 1024 do not fit blocks of 32"):
+        pretrain(fused, blocks, 10, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="cannot train 'mlp' weights"):
+        pretrain(fused, blocks, 1024, trainable="mlp", output_dir=tmp_path)
+
+
+def test_perplexity_counts_its_tokens(mha, blocks):
+    with torch.no_grad():
+        expected = torch.stack([mha(block[None], labels=block[None]).loss for block in blocks]).mean().exp().item()
+    assert perplexity(mha, blocks) == pytest.approx(expected, rel=1e-5)
+    assert scored_tokens(blocks) == token_losses(mha, blocks).numel() == 6 * 31
+
+
+def test_run_folder_keeps_to_one_run(tmp_path):
+    run = open_run(tmp_path / "run", model="a", budget=0.5)
+    assert open_run(tmp_path / "run", model="a", budget=0.5) == run
+    with pytest.raises(ValueError, match="holds a run with model 'a', not 'b': choose another run_dir"):
+        open_run(tmp_path / "run", model="b", budget=0.5)
+    with pytest.raises(ValueError, match="run 02_head_clusters first"):
+        require(run, "plan.json", "02_head_clusters")
+    (tmp_path / "other").mkdir()
+    write_whole(tmp_path / "other" / "thesis.txt", "precious")
+    with pytest.raises(ValueError, match="something else than a run"):
+        open_run(tmp_path / "other", model="a")
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "precious"
+
+
+def test_metrics_of_a_stage_replace_its_earlier_ones(tmp_path):
+    record_metrics(tmp_path, "source", [{"method": "source", "perplexity": 9.0}])
+    record_metrics(tmp_path, "trained", [{"method": "x", "perplexity": 8.0}])
+    record_metrics(tmp_path, "source", [{"method": "source", "perplexity": 7.0}])
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert sorted(lines) == sorted(["stage,method,perplexity", "trained,x,8.0", "source,source,7.0"])
+
+
+def test_a_model_is_replaced_whole(fused, tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, path):
+            (path / "tokenizer.json").write_text("{}")
+
+    for _ in range(2):
+        save_model(fused, Tokenizer(), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    shutil.rmtree(tmp_path / "model")

@@ -1,0 +1,69 @@
+"""What the repository promises: notebooks executed and readable, one environment, no left-overs."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+PIPELINE = [path for path in NOTEBOOKS if re.match(r"0[1-5]_", path.name)]
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def shows(cell, kind):
+    return any(kind in output.get("data", {}) for output in cell.outputs)
+
+
+def test_there_are_five_notebooks():
+    assert [path.name[:2] for path in PIPELINE] == ["01", "02", "03", "04", "05"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_notebooks_are_executed_without_errors(path):
+    cells = code_cells(path)
+    counts = [cell.execution_count for cell in cells]
+    assert counts == list(range(1, len(cells) + 1)), "run all cells, in order, before committing"
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+    assert not any(output.get("name") == "stderr" for cell in cells for output in cell.outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_chart_has_its_table(path):
+    charts = [cell for cell in code_cells(path) if shows(cell, "image/png")]
+    assert charts, "a notebook shows what it found"
+    for cell in charts:
+        assert shows(cell, "text/html"), f"a chart without a table:\n{cell.source}"
+
+
+@pytest.mark.parametrize("path", PIPELINE, ids=lambda path: path.stem)
+def test_notebooks_share_their_parameters_and_open_and_close_in_prose(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert 15 <= len(notebook.cells) <= 35
+    assert notebook.cells[0].cell_type == "markdown" and "?" in notebook.cells[0].source
+    assert shows(notebook.cells[-1], "text/markdown"), "the last cell says what was found, computed"
+    [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    names = [node.targets[0].id for node in ast.parse(parameters.source).body]
+    assert names[:6] == ["model", "text", "budget", "method", "seed", "run_dir"]
+    assert {"kernelspec", "language_info"} <= set(notebook.metadata)
+
+
+def test_environment_yml_is_in_step_with_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    [pip] = [entry["pip"] for entry in environment if isinstance(entry, dict)]
+    assert pip == [*project["dependencies"], "-c constraints.txt", "-e ."]
+    assert f"python{project['requires-python']}" in environment
+
+
+def test_every_dependency_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert {re.split("[<>=]", name)[0] for name in project["dependencies"]} <= pinned

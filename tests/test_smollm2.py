@@ -1,0 +1,44 @@
+"""What must hold on smollm2-135m (`make test-slow`): 4,096 tokens to calibrate, 4,096 to validate, blocks of 512."""
+
+import pytest
+import torch
+from conftest import logits
+
+from dha_utils import HeadPlan, fuse, load_checkpoint, load_text, perplexity, plant_redundancy, token_blocks
+from dha_utils.allocation import group_heads, heads_for_budget, knapsack, loss_rises, plan_of_counts
+from dha_utils.fusion import spectral_layers
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    model, tokenizer = load_checkpoint("smollm2-135m")
+    splits = [token_blocks(tokenizer, load_text("wikipedia", split), 512, 8) for split in ("calibration", "validation")]
+    return model, *splits
+
+
+def test_perplexity_without_training(checkpoint):
+    model, calibration, validation = checkpoint
+    assert perplexity(model, validation) == pytest.approx(23.68, rel=0.01)
+    layers = spectral_layers(model, calibration)
+    partitions = group_heads(model, calibration, layers=layers)
+    rises = loss_rises(model, calibration, partitions, layers=layers)
+    for budget, most in ((1 / 3, 104), (0.5, 53), (2 / 3, 38)):
+        plan = plan_of_counts(partitions, knapsack(rises, heads_for_budget(model.config, budget)))
+        assert plan.budget == pytest.approx(budget)
+        assert perplexity(fuse(model, plan, layers=layers), validation) <= most
+    pooled = fuse(model, HeadPlan.uniform(model.config, 1, 1), method="mean")
+    assert perplexity(pooled, validation) > 5000
+
+
+def test_planted_redundancy_is_fused_back(checkpoint):
+    model, calibration, validation = checkpoint
+    planted = plant_redundancy(model)
+    assert torch.allclose(logits(planted, validation[:1]), logits(model, validation[:1]), atol=1e-3)
+    layers = spectral_layers(planted, calibration[:4])
+    partitions = group_heads(planted, calibration, layers=layers)
+    plan = plan_of_counts(partitions, [[3, 3]] * 30)
+    assert plan.key_groups == plan.value_groups == [[[0, 1, 2], [3, 4, 5], [6, 7, 8]]] * 30
+    fused = fuse(planted, plan, layers=layers)
+    assert torch.allclose(logits(fused, validation[:1]), logits(model, validation[:1]), atol=1e-3)

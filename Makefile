@@ -3,21 +3,24 @@
 MODEL ?= smollm2-135m
 TEXT ?= wikipedia
 BUDGET ?= 0.5
-RUN ?= $(MODEL)-$(BUDGET)
+RUN ?= $(notdir $(MODEL))-$(BUDGET)
 BUDGETS ?= 0.75 0.5 0.34
 PYTHON ?= python3
 
 BIN := .venv/bin
+QUIET := TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 DIR := runs/$(RUN)
 NOTEBOOKS := 01_head_redundancy 02_head_clusters 03_head_fusion 04_continued_pretraining 05_compression_vs_perplexity
-PARAMETERS = -p model $(MODEL) -p text $(TEXT) -p budget $(BUDGET) -p run_dir $(DIR)
+LENGTH := 256
+PARAMETERS = -p model $(MODEL) -p text $(TEXT) -p budget $(BUDGET) -p run_dir $(DIR) -p length $(LENGTH)
 # wiki-mha is small enough for the notebooks' own defaults; anything else gets longer blocks and fewer training tokens
 ifneq ($(MODEL),wiki-mha)
-PARAMETERS += -p length 512 -p calibration_blocks 8 -p validation_blocks 8
-TRAINING = -p tokens 10240
+LENGTH := 512
+PARAMETERS += -p calibration_blocks 8 -p validation_blocks 8
+TRAINING = -p tokens 8192
 endif
 
-.PHONY: setup run sweep lab test test-slow clean
+.PHONY: setup check run sweep lab test test-slow notebooks clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -26,21 +29,25 @@ setup: .venv/ready
 # torch first and alone: the rest must not bring in another build of it
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt -e .
 	touch $@
 
 run: $(NOTEBOOKS:%=$(DIR)/%.ipynb)
-	$(BIN)/python -m dha_utils.runs $(DIR)
+	@$(BIN)/python -m dha_utils.runs table --run-dir $(DIR)
+
+# Fetches the model, and says in one sentence what is wrong with a request
+check: setup
+	@$(BIN)/python -m dha_utils.runs check --model $(MODEL) --text $(TEXT) --budget $(BUDGET) --length $(LENGTH) --run-dir $(DIR)
 
 # A notebook appears under its name only when it is finished
 define execute
 	mkdir -p $(DIR)
-	$(BIN)/papermill --cwd notebooks $(PARAMETERS) $(1) notebooks/$(notdir $@) $(DIR)/.partial-$(notdir $@)
+	$(BIN)/papermill $(PARAMETERS) $(1) notebooks/$(notdir $@) $(DIR)/.partial-$(notdir $@)
 	mv $(DIR)/.partial-$(notdir $@) $@
 endef
 
-$(DIR)/01_head_redundancy.ipynb: | setup
+$(DIR)/01_head_redundancy.ipynb: | check
 	$(call execute)
 $(DIR)/02_head_clusters.ipynb: $(DIR)/01_head_redundancy.ipynb
 	$(call execute)
@@ -62,11 +69,16 @@ lab: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest
-	TQDM_DISABLE=1 $(BIN)/pytest --nbval notebooks
+	$(QUIET) $(BIN)/pytest
+	$(QUIET) $(BIN)/pytest --nbval notebooks
+
+# Execute the committed notebooks again, in place (no bars in their outputs)
+notebooks: setup
+	rm -rf runs/tutorial
+	$(QUIET) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS:%=notebooks/%.ipynb)
 
 test-slow: setup
-	$(BIN)/pytest -m slow
+	$(QUIET) $(BIN)/pytest -m slow
 
 clean:
 	rm -rf runs .venv

@@ -9,6 +9,7 @@ CSV already has are not measured again, so an interrupted run resumes.
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -55,17 +56,14 @@ def models(source, calibration, budget, cache):
         cache["layers"] = spectral_layers(source, calibration)
         cache["partitions"] = group_heads(source, calibration, layers=cache["layers"])
     layers, partitions = cache["layers"], cache["partitions"]
-    yield "spectral, standard planes", "uniform", lambda: fuse(source, neighbours, calibration, free_frequencies=False)
+    standard = [replace(layer, free_frequencies=False) for layer in layers]
+    yield "spectral, standard planes", "uniform", lambda: fuse(source, neighbours, layers=standard)
     yield "spectral", "uniform", lambda: fuse(source, neighbours, layers=layers)
     for allocation in ("cost", "loss"):
 
         def make(allocation=allocation):
             if allocation not in cache:
-                cache[allocation] = (
-                    partition_costs(partitions)
-                    if allocation == "cost"
-                    else loss_rises(source, calibration, partitions, layers=layers)
-                )
+                cache[allocation] = partition_costs(partitions) if allocation == "cost" else loss_rises(source, calibration)
             return fuse(source, plan_of_counts(partitions, knapsack(cache[allocation], heads)), layers=layers)
 
         yield "spectral", allocation, make

@@ -68,7 +68,7 @@ def _well_conditioned(size, random):
 
 
 def grouped_query(model, blocks):
-    """The LLaMA `model` itself if it shares heads; else a grouped-query LLaMA made from it by fusing neighbours, two by two.
+    """The LLaMA `model` itself if it shares heads; else a grouped-query LLaMA made by fusing its neighbours, two by two.
 
     The fusion is spectral with the standard RoPE planes, so that a plain `LlamaForCausalLM` can hold the result.
     """

@@ -86,16 +86,16 @@ def fuse_layer(attention, key_groups, value_groups, spectral=None):
             key, planes = mean_head(attention.k_proj, group, d), torch.arange(d // 2)
         else:
             key, rows, planes = spectral.fuse_keys(group)
-            query[query_heads(group, queries_per_head)] = rows.unflatten(0, (-1, d))
-        keys.append(key)
+            query[query_heads(group, queries_per_head)] = rows.unflatten(0, (-1, d)).to(query)
+        keys.append(key.to(query))
         frequencies.append(planes.tolist())
     for group in value_groups:
         if spectral is None or len(group) == 1:
             value = mean_head(attention.v_proj, group, d)
         else:
             value, columns = spectral.fuse_values(group)
-            output[:, query_heads(group, queries_per_head)] = columns.unflatten(1, (-1, d))
-        values.append(value)
+            output[:, query_heads(group, queries_per_head)] = columns.unflatten(1, (-1, d)).to(output)
+        values.append(value.to(output))
     weights = {"o_proj.weight": output.flatten(1)}
     if attention.o_proj.bias is not None:
         weights["o_proj.bias"] = attention.o_proj.bias

@@ -92,7 +92,7 @@ def plan_bars(plans, title):
         axis.bar(layers + 0.2, plan.value_heads, 0.4, label="value heads", color=KIND_COLORS["value"], hatch="//")
         axis.set(title=f"{name}: {plan.budget:.1%} of the source's heads", ylabel="heads kept", ylim=(0, plan.source_heads))
     axis.set_xlabel("layer")
-    axis.legend(loc="upper right")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title)
     return figure
 

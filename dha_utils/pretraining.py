@@ -90,6 +90,7 @@ def pretrain(
     log = pd.DataFrame(trainer.state.log_history).groupby("step", as_index=False).first()
     log.insert(1, "tokens", log["step"] * tokens_per_step)
     write_whole(Path(output_dir) / "log.csv", log.to_csv(index=False))
+    model.config.use_cache = True  # Trainer turned it off
     return model.requires_grad_(True).eval()
 
 

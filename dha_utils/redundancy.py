@@ -52,7 +52,7 @@ def planted_contrast(similarities, copies):
         for kind in ("key", "value"):
             owner = torch.arange(similarity[kind].shape[-1]) // copies
             same = (owner[:, None] == owner) & ~torch.eye(len(owner), dtype=torch.bool)
-            distance = 1 - similarity[kind]
+            distance = (1 - similarity[kind]).clamp(min=0)
             near, far = distance[:, same], distance[:, owner[:, None] != owner]
             rows[metric, kind] = {
                 "copies, mean": near.mean().item(),

@@ -1,8 +1,10 @@
-"""Run folders (`runs/NAME/`): what one notebook leaves for the next, and the table at the end.
+"""Run folders (`runs/NAME/`): what one notebook leaves for the next, the check before the first, the table at the end.
 
-python -m dha_utils.runs runs/NAME      # print the table
+python -m dha_utils.runs check --model smollm2-135m --run-dir runs/NAME     # one sentence if something is wrong
+python -m dha_utils.runs table --run-dir runs/NAME
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -21,18 +23,23 @@ def open_run(run_dir, **settings):
 
     Raises ValueError if the folder holds a run with other settings, or other things than a run.
     """
+    path = check_run(run_dir, **settings)
+    if not (path / "run.json").is_file():
+        write_whole(path / "run.json", json.dumps(settings))
+    return path
+
+
+def check_run(run_dir, **settings):
+    """What `open_run` refuses, without making anything."""
     path = ROOT / run_dir
-    record = path / "run.json"
-    if record.is_file():
-        stored = json.loads(record.read_text())
+    if (path / "run.json").is_file():
+        stored = json.loads((path / "run.json").read_text())
         changed = [name for name in settings if stored.get(name) != settings[name]]
         if changed:
             differences = ", ".join(f"{name} {stored.get(name)!r}, not {settings[name]!r}" for name in changed)
             raise ValueError(f"{run_dir} holds a run with {differences}: choose another run_dir, or delete that folder")
     elif path.is_dir() and any(entry.suffix != ".ipynb" for entry in path.iterdir()):
         raise ValueError(f"{run_dir} is a folder of something else than a run: choose another run_dir")
-    else:
-        write_whole(record, json.dumps(settings))
     return path
 
 
@@ -79,10 +86,38 @@ def record_metrics(run, stage, rows):
     write_whole(path, new.to_csv(index=False))
 
 
+def check(model, text, budget, length, run_dir):
+    """Fetch the model, and look at everything that could go wrong before the first notebook: hours may follow."""
+    from .allocation import heads_for_budget
+    from .checkpoints import load_checkpoint
+    from .text import SPLITS, load_text, token_blocks
+
+    check_run(run_dir, model=model, text=text, budget=budget, length=length)
+    source, tokenizer = load_checkpoint(model)
+    if source.config.model_type != "llama":
+        raise ValueError(f"{model!r} is a DHA model already: give the LLaMA checkpoint that it was made from")
+    heads_for_budget(source.config, budget)
+    for split in SPLITS:
+        token_blocks(tokenizer, load_text(text, split), length)
+
+
 def main():
-    if len(sys.argv) != 2 or not (path := Path(sys.argv[1]) / "metrics.csv").is_file():
-        sys.exit("usage: python -m dha_utils.runs RUN_DIR, a folder with metrics.csv: run notebooks 01 to 05 first")
-    print(pd.read_csv(path).to_string(index=False, na_rep=""))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("check", "table"))
+    parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--model", default="wiki-mha")
+    parser.add_argument("--text", default="wikipedia")
+    parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--length", type=int, default=256, help="tokens a block")
+    arguments = parser.parse_args()
+    try:
+        if arguments.action == "check":
+            check(arguments.model, arguments.text, arguments.budget, arguments.length, arguments.run_dir)
+        else:
+            metrics = require(ROOT / arguments.run_dir, "metrics.csv", "notebooks 01 to 05")
+            print(pd.read_csv(metrics).round(3).to_string(index=False, na_rep=""))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class SpectralLayer:
     `key_energy`: complex [d/2, heads, heads], G_hh' = √(w_h w_h') E[conj(k_h) k_h'] in each plane, w_h the mean squared
     magnitude of the queries of key head h. `value_energy`: [heads · d, heads · d], E[v vᵀ] of the attended values.
     `value_metric`: [heads · d, d], per head P_h = (Σ o_projᵀ o_proj)^½ over its query heads. Heads are the source's
-    key-value heads.
+    key-value heads. All in float64: a fusion that could be exact shall be, and the spectra fall steeply.
     """
 
     attention: torch.nn.Module
@@ -54,22 +54,22 @@ class SpectralLayer:
     @torch.no_grad()
     def measure(cls, attention, rotary, statistics, free_frequencies=True):
         d = attention.head_dim
-        key = as_planes(with_bias(attention.k_proj), d)
-        query = as_planes(with_bias(attention.q_proj), d).unflatten(0, (len(key), -1))
-        weight = torch.einsum("kgpn,nm,kgpm->kp", query.conj(), statistics.plain.to(query.dtype), query).real.sqrt()
+        plain, seen, attended = (m.double() for m in (statistics.plain, statistics.seen, statistics.attended))
+        key = as_planes(with_bias(attention.k_proj).double(), d)
+        query = as_planes(with_bias(attention.q_proj).double(), d).unflatten(0, (len(key), -1))
+        weight = torch.einsum("kgpn,nm,kgpm->kp", query.conj(), plain.to(query.dtype), query).real.sqrt()
         hidden = rope_hiding(rotary)
         scaled = key * weight[..., None]
-        seen, attended = (
-            torch.einsum("hpn,kpn->phk", scaled.conj() @ moment.to(key.dtype), scaled)
-            for moment in (statistics.seen, statistics.attended)
+        seen_energy, attended_energy = (
+            torch.einsum("hpn,kpn->phk", scaled.conj() @ moment.to(key.dtype), scaled) for moment in (seen, attended)
         )
-        value = with_bias(attention.v_proj)
-        output = attention.o_proj.weight.T.unflatten(0, (len(key), -1, d))  # [heads, queries, d, hidden]
+        value = with_bias(attention.v_proj).double()
+        output = attention.o_proj.weight.double().T.unflatten(0, (len(key), -1, d))  # [heads, queries, d, hidden]
         return cls(
             attention,
             weight,
-            seen - hidden[:, None, None] * attended,
-            value @ statistics.attended @ value.T,
+            seen_energy - hidden[:, None, None] * attended_energy,
+            value @ attended @ value.T,
             matrix_sqrt((output @ output.mT).sum(1)),
             free_frequencies,
         )
@@ -86,7 +86,7 @@ class SpectralLayer:
 
     def value_cost(self, group):
         """Energy of the layer's output that one shared value head for `group` loses, and the group's whole energy."""
-        values = torch.linalg.eigvalsh(self._weighted_values(group)).clamp(min=0)
+        values = torch.linalg.eigvalsh(self._weighted_values(group).float()).clamp(min=0)
         return float(values[: -self.attention.head_dim].sum()), float(values.sum())
 
     def costs(self):
@@ -122,8 +122,8 @@ class SpectralLayer:
         plane, rank = chosen // len(group), chosen % len(group)
         u = vectors[plane, :, rank].T  # [g, d/2]
         weight = self.query_weight[group][:, plane]
-        key = as_planes(with_bias(self.attention.k_proj), d)
-        query = as_planes(with_bias(self.attention.q_proj), d).unflatten(0, (len(key), -1))
+        key = as_planes(with_bias(self.attention.k_proj).double(), d)
+        query = as_planes(with_bias(self.attention.q_proj).double(), d).unflatten(0, (len(key), -1))
         shared = (u * weight).unsqueeze(-1).mul(key[group][:, plane]).sum(0, keepdim=True)
         queries = (u / weight)[:, None, :, None] * query[group][:, :, plane]
         scale = (queries.abs().square().sum(-1).mean((0, 1)).sqrt() / shared[0].abs().square().sum(-1).sqrt()).sqrt()
@@ -134,11 +134,11 @@ class SpectralLayer:
         d = self.attention.head_dim
         rows = self._rows(group)
         values, vectors = torch.linalg.eigh(self._weighted_values(group))
-        values, vectors = values[-d:].clamp(min=values[-1] * 1e-7), vectors[:, -d:]
+        values, vectors = values[-d:].clamp(min=values[-1] * 1e-12), vectors[:, -d:]
         metric = torch.block_diag(*self.value_metric[list(group)])
-        shared = vectors.T @ metric @ with_bias(self.attention.v_proj)[rows]
+        shared = vectors.T @ metric @ with_bias(self.attention.v_proj)[rows].double()
         back = self.value_energy[rows][:, rows] @ metric @ vectors / values  # v_h from the shared value, least squares
-        output = self.attention.o_proj.weight.T.unflatten(0, (len(self.value_metric), -1, d))[group]
+        output = self.attention.o_proj.weight.double().T.unflatten(0, (len(self.value_metric), -1, d))[group]
         columns = back.unflatten(0, (len(group), d)).mT[:, None] @ output  # [g, queries, d, hidden]
         scale = (columns.square().sum(-1).mean((0, 1)).sqrt() / shared.square().sum(-1).sqrt()).sqrt()
         return shared * scale[:, None], (columns / scale[:, None]).flatten(0, 2).T

@@ -6,16 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from dha_utils import HeadPlan, plan_heads
+from dha_utils import HeadPlan, fuse, plan_heads
 from dha_utils.allocation import (
+    fused_in_place,
     group_heads,
     heads_for_budget,
     knapsack,
+    layer_inputs,
     loss_rises,
     monotone,
+    plan_of_counts,
     price_table,
     read_prices,
 )
+from dha_utils.evaluation import token_losses
+from dha_utils.fusion import spectral_layers
 from dha_utils.grouping import _agglomerate, best_partitions, pairwise_cost
 
 
@@ -87,19 +92,26 @@ def test_price_table_round_trip(tmp_path):
     assert torch.allclose(read_prices(tmp_path / "prices.csv"), prices)
 
 
-def test_measured_rise_is_that_of_the_fused_model(mha, blocks):
-    """Running from the fused layer on, from kept hidden states, is running the whole model."""
-    from dha_utils import fuse
-    from dha_utils.evaluation import token_losses
-    from dha_utils.fusion import spectral_layers
-
+def test_running_from_a_layer_on_is_running_the_whole_model(mha, blocks):
     layers = spectral_layers(mha, blocks)
     partitions = group_heads(mha, blocks, layers=layers)
-    rises = loss_rises(mha, blocks, partitions, layers=layers)
-    keys = [[[0], [1], [2], [3]]] * 3
-    plan = HeadPlan(keys[:2] + [partitions[2][0][0][1]], keys)
-    direct = (token_losses(fuse(mha, plan, layers=layers), blocks).mean() - token_losses(mha, blocks).mean()).item()
-    assert rises[2, 0, 0].item() == pytest.approx(max(direct, 0), abs=1e-5) or rises[2, 0, 0].item() >= direct
+    apart = [[[0], [1], [2], [3]]] * 3
+    whole = token_losses(fuse(mha, HeadPlan(apart[:2] + [partitions[2][0][0][1]], apart), layers=layers), blocks)
+    before = mha.model.layers[2].self_attn
+    with fused_in_place(mha, 2, partitions, 0, 1, layers):
+        part = token_losses(mha, blocks, 2, layer_inputs(mha, blocks)[2])
+    assert torch.allclose(part, whole, atol=1e-4)
+    assert mha.model.layers[2].self_attn is before
+
+
+def test_measured_rises_add_up_to_what_all_layers_cost_together(mha, blocks):
+    rises = loss_rises(mha, blocks)
+    partitions = group_heads(mha, blocks[0::2])
+    everywhere = fuse(mha, plan_of_counts(partitions, [[1, 4]] * 3), blocks[0::2])
+    rise = (token_losses(everywhere, blocks[1::2]).mean() - token_losses(mha, blocks[1::2]).mean()).item()
+    assert rise > 0.01
+    assert rise - 1e-4 <= rises[:, 0, 0].sum().item() <= 1.2 * rise  # above only where it was forced not to rise with n
+    assert (rises.diff(dim=-1) <= 0).all() and (rises[..., -1] == 0).all()
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "cost", "loss"])

@@ -1,13 +1,19 @@
 """What the repository promises: notebooks executed and readable, one environment, no left-overs."""
 
 import ast
+import hashlib
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+from gensim.test.utils import datapath
+
+from dha_utils.checkpoints import SMOLLM2_SHA256
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
@@ -67,3 +73,19 @@ def test_every_dependency_is_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert {re.split("[<>=]", name)[0] for name in project["dependencies"]} <= pinned
+
+
+def test_readme_table_is_what_the_benchmark_prints():
+    command = [sys.executable, "benchmarks/training_free.py", "--table"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    shown = re.search(r"--table -->\n(.*?)\n<!--", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown[1] == table
+
+
+def test_data_readme_has_the_checksum_of_every_file():
+    readme = (ROOT / "data" / "README.md").read_text()
+    for path in (ROOT / "data" / "wiki-mha").iterdir():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in readme, path.name
+    text = datapath("enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2")
+    assert hashlib.sha256(Path(text).read_bytes()).hexdigest() in readme
+    assert SMOLLM2_SHA256 in readme

@@ -23,7 +23,7 @@ def test_perplexity_without_training(checkpoint):
     assert perplexity(model, validation) == pytest.approx(23.68, rel=0.01)
     layers = spectral_layers(model, calibration)
     partitions = group_heads(model, calibration, layers=layers)
-    rises = loss_rises(model, calibration, partitions, layers=layers)
+    rises = loss_rises(model, calibration)
     for budget, most in ((1 / 3, 104), (0.5, 53), (2 / 3, 38)):
         plan = plan_of_counts(partitions, knapsack(rises, heads_for_budget(model.config, budget)))
         assert plan.budget == pytest.approx(budget)

@@ -1,0 +1,102 @@
+"""Perplexity while a fused model recovers, from the mean-pooled and the spectral start, with the source as control.
+
+    python benchmarks/recovery.py                            # smollm2-135m at 50 %, 40,960 tokens of distillation
+    python benchmarks/recovery.py --losses lm distil --starts spectral mean source
+
+All runs see the same training blocks in the order of the seed. A run resumes from its checkpoints, and runs that the CSV
+already has are not repeated.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from dha_utils import fuse, load_checkpoint, load_text, plan_heads, pretrain, token_blocks
+from dha_utils.allocation import heads_for_budget, uniform_counts, uniform_plan
+from dha_utils.evaluation import scored_tokens
+from dha_utils.pretraining import training_log
+from dha_utils.runs import ROOT, write_whole
+
+HERE = Path(__file__).parent
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--tokens", type=int, default=40960)
+    parser.add_argument("--starts", nargs="+", choices=("spectral", "mean", "source"), default=["spectral"])
+    parser.add_argument("--losses", nargs="+", choices=("distil", "lm"), default=["distil"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--length", type=int, default=512, help="tokens a block")
+    parser.add_argument("--calibration-blocks", type=int, default=8)
+    parser.add_argument("--validation-blocks", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="default: results/recovery_MODEL.csv beside this script")
+    return parser.parse_args()
+
+
+def start_model(start, source, calibration, budget):
+    if start == "source":
+        return source
+    if start == "spectral":
+        return fuse(source, plan_heads(source, calibration, budget), calibration)
+    counts = uniform_counts(source.config, heads_for_budget(source.config, budget))
+    return fuse(source, uniform_plan(source.config, counts), method="mean")
+
+
+def main():
+    arguments = parse_arguments()
+    name = Path(arguments.model).name
+    out = arguments.out or HERE / "results" / f"recovery_{name}.csv"
+    source, tokenizer = load_checkpoint(arguments.model)
+    calibration, validation, training = (
+        token_blocks(tokenizer, load_text("wikipedia", split), arguments.length, limit)
+        for split, limit in (
+            ("calibration", arguments.calibration_blocks),
+            ("validation", arguments.validation_blocks),
+            ("train", None),
+        )
+    )
+    done = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=["start", "loss", "budget", "seed", "total_tokens"])
+    for start in arguments.starts:
+        model = start_model(start, source, calibration, arguments.budget)
+        for loss in arguments.losses if start != "source" else ["lm"]:
+            for seed in arguments.seeds:
+                run = {
+                    "start": start,
+                    "loss": loss,
+                    "budget": arguments.budget if start != "source" else 1.0,
+                    "seed": seed,
+                    "total_tokens": arguments.tokens,
+                }
+                if (done[list(run)] == pd.Series(run)).all(axis=1).any():
+                    continue
+                folder = ROOT / "runs" / "recovery" / "-".join(map(str, [name, *run.values()]))
+                begin = time.perf_counter()
+                pretrain(
+                    model,
+                    training,
+                    arguments.tokens,
+                    source if loss == "distil" else None,
+                    learning_rate=arguments.learning_rate,
+                    seed=seed,
+                    validation=validation,
+                    output_dir=folder,
+                )
+                log = training_log(folder)[["tokens", "perplexity"]].round(4)
+                rows = log.assign(
+                    model=arguments.model,
+                    **run,
+                    learning_rate=arguments.learning_rate,
+                    validation_tokens=scored_tokens(validation),
+                    seconds=round(time.perf_counter() - begin),
+                )
+                done = pd.concat([done, rows]) if len(done) else rows
+                write_whole(out, done.to_csv(index=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -34,11 +34,11 @@ setup: .venv/ready
 	touch $@
 
 run: $(NOTEBOOKS:%=$(DIR)/%.ipynb)
-	@$(BIN)/python -m dha_utils.runs table --run-dir $(DIR)
+	@$(BIN)/python -m dha_utils table --run-dir $(DIR)
 
 # Fetches the model, and says in one sentence what is wrong with a request
 check: setup
-	@$(BIN)/python -m dha_utils.runs check --model $(MODEL) --text $(TEXT) --budget $(BUDGET) --length $(LENGTH) --run-dir $(DIR)
+	@$(BIN)/python -m dha_utils check --model $(MODEL) --text $(TEXT) --budget $(BUDGET) --length $(LENGTH) --run-dir $(DIR)
 
 # A notebook appears under its name only when it is finished
 define execute

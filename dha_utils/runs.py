@@ -1,14 +1,8 @@
-"""Run folders (`runs/NAME/`): what one notebook leaves for the next, the check before the first, the table at the end.
+"""Run folders (`runs/NAME/`): what one notebook leaves for the next."""
 
-python -m dha_utils.runs check --model smollm2-135m --run-dir runs/NAME     # one sentence if something is wrong
-python -m dha_utils.runs table --run-dir runs/NAME
-"""
-
-import argparse
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -84,41 +78,3 @@ def record_metrics(run, stage, rows):
         old = pd.read_csv(path)
         new = pd.concat([old[old["stage"] != stage], new])
     write_whole(path, new.to_csv(index=False))
-
-
-def check(model, text, budget, length, run_dir):
-    """Fetch the model, and look at everything that could go wrong before the first notebook: hours may follow."""
-    from .allocation import heads_for_budget
-    from .checkpoints import load_checkpoint
-    from .text import SPLITS, load_text, token_blocks
-
-    check_run(run_dir, model=model, text=text, budget=budget, length=length)
-    source, tokenizer = load_checkpoint(model)
-    if source.config.model_type != "llama":
-        raise ValueError(f"{model!r} is a DHA model already: give the LLaMA checkpoint that it was made from")
-    heads_for_budget(source.config, budget)
-    for split in SPLITS:
-        token_blocks(tokenizer, load_text(text, split), length)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("check", "table"))
-    parser.add_argument("--run-dir", required=True)
-    parser.add_argument("--model", default="wiki-mha")
-    parser.add_argument("--text", default="wikipedia")
-    parser.add_argument("--budget", type=float, default=0.5)
-    parser.add_argument("--length", type=int, default=256, help="tokens a block")
-    arguments = parser.parse_args()
-    try:
-        if arguments.action == "check":
-            check(arguments.model, arguments.text, arguments.budget, arguments.length, arguments.run_dir)
-        else:
-            metrics = require(ROOT / arguments.run_dir, "metrics.csv", "notebooks 01 to 05")
-            print(pd.read_csv(metrics).round(3).to_string(index=False, na_rep=""))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

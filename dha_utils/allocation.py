@@ -90,7 +90,11 @@ def loss_rises(model, blocks, method="spectral"):
     to, sharing looks cheaper than it is, values most. Single rises add up to less than all layers cost together, by
     another factor for keys than for values; so they are scaled to the rise measured with n heads in every layer at once.
     Forced never to rise with n.
+
+    Raises ValueError with fewer than two blocks.
     """
+    if len(blocks) < 2:
+        raise ValueError("measuring losses needs at least 2 calibration blocks: one half makes the fusion, one measures it")
     fitted, held_out = blocks[0::2], blocks[1::2]
     layers = spectral_layers(model, fitted) if method == "spectral" else None
     partitions = group_heads(model, fitted, method, layers)

@@ -142,6 +142,8 @@ def test_bad_plans_and_budgets_are_refused(mha, blocks):
             plan_heads(mha, blocks, budget)
     with pytest.raises(ValueError, match="the smallest budget for this model is 0.2500"):
         heads_for_budget(mha.config, 0.2)
+    with pytest.raises(ValueError, match="at least 2 calibration blocks"):
+        plan_heads(mha, blocks[:1], 0.5)
     with pytest.raises(ValueError, match="no allocation 'greedy'"):
         plan_heads(mha, blocks, 0.5, allocation="greedy")
     with pytest.raises(ValueError, match="no fusion method"):

@@ -24,6 +24,12 @@ def from_planes(planes):
     return torch.stack([planes.real, planes.imag], 1).flatten(0, 2)
 
 
+def key_and_query_planes(attention):
+    """The weights of k_proj [heads, d/2, n] and, by key head, of q_proj [heads, queries, d/2, n] as complex planes."""
+    key, query = (as_planes(with_bias(p).double(), attention.head_dim) for p in (attention.k_proj, attention.q_proj))
+    return key, query.unflatten(0, (len(key), -1))
+
+
 def rope_hiding(rotary, distances=64):
     """κ_p [d/2]: how far plane p still looks the same to a query over the nearest keys, |mean_Δ exp(iθ_pΔ)|².
 
@@ -55,8 +61,7 @@ class SpectralLayer:
     def measure(cls, attention, rotary, statistics, free_frequencies=True):
         d = attention.head_dim
         plain, seen, attended = (m.double() for m in (statistics.plain, statistics.seen, statistics.attended))
-        key = as_planes(with_bias(attention.k_proj).double(), d)
-        query = as_planes(with_bias(attention.q_proj).double(), d).unflatten(0, (len(key), -1))
+        key, query = key_and_query_planes(attention)
         weight = torch.einsum("kgpn,nm,kgpm->kp", query.conj(), plain.to(query.dtype), query).real.sqrt()
         hidden = rope_hiding(rotary)
         scaled = key * weight[..., None]
@@ -76,11 +81,11 @@ class SpectralLayer:
 
     def key_spectrum(self, group):
         """Eigenvalues [d/2, g] and eigenvectors [d/2, g, g] of the group's energy in each plane, ascending."""
-        return torch.linalg.eigh(self.key_energy[:, list(group)][:, :, list(group)])
+        return torch.linalg.eigh(self._keys(group))
 
     def key_cost(self, group):
         """Energy of the scores that one shared key head for `group` loses, and the group's whole energy."""
-        values = torch.linalg.eigvalsh(self.key_energy[:, list(group)][:, :, list(group)]).clamp(min=0)
+        values = torch.linalg.eigvalsh(self._keys(group)).clamp(min=0)
         kept = values.flatten().topk(len(values)).values if self.free_frequencies else values[:, -1]
         return float(values.sum() - kept.sum()), float(values.sum())
 
@@ -97,6 +102,9 @@ class SpectralLayer:
             lambda group: self.key_cost(group)[0] / key_total,
             lambda group: self.value_cost(group)[0] / value_total,
         )
+
+    def _keys(self, group):
+        return self.key_energy[:, list(group)][:, :, list(group)]
 
     def _rows(self, group):
         d = self.attention.head_dim
@@ -122,8 +130,7 @@ class SpectralLayer:
         plane, rank = chosen // len(group), chosen % len(group)
         u = vectors[plane, :, rank].T  # [g, d/2]
         weight = self.query_weight[group][:, plane]
-        key = as_planes(with_bias(self.attention.k_proj).double(), d)
-        query = as_planes(with_bias(self.attention.q_proj).double(), d).unflatten(0, (len(key), -1))
+        key, query = key_and_query_planes(self.attention)
         shared = (u * weight).unsqueeze(-1).mul(key[group][:, plane]).sum(0, keepdim=True)
         queries = (u / weight)[:, None, :, None] * query[group][:, :, plane]
         scale = (queries.abs().square().sum(-1).mean((0, 1)).sqrt() / shared[0].abs().square().sum(-1).sqrt()).sqrt()

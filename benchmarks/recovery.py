@@ -14,10 +14,10 @@ from pathlib import Path
 import pandas as pd
 
 from dha_utils import fuse, load_checkpoint, load_text, plan_heads, pretrain, token_blocks
-from dha_utils.allocation import heads_for_budget, uniform_counts, uniform_plan
+from dha_utils.allocation import heads_for_budget, uniform_plan
 from dha_utils.evaluation import scored_tokens
-from dha_utils.pretraining import training_log
 from dha_utils.runs import ROOT, write_whole
+from dha_utils.training import training_log
 
 HERE = Path(__file__).parent
 
@@ -43,8 +43,16 @@ def start_model(start, source, calibration, budget):
         return source
     if start == "spectral":
         return fuse(source, plan_heads(source, calibration, budget), calibration)
-    counts = uniform_counts(source.config, heads_for_budget(source.config, budget))
-    return fuse(source, uniform_plan(source.config, counts), method="mean")
+    return fuse(source, uniform_plan(source.config, heads_for_budget(source.config, budget)), method="mean")
+
+
+def planned_runs(arguments):
+    """One dictionary for each training run that the arguments ask for, with the columns that name it in the CSV."""
+    for start in arguments.starts:
+        for loss in arguments.losses if start != "source" else ["lm"]:
+            for seed in arguments.seeds:
+                budget = arguments.budget if start != "source" else 1.0
+                yield {"start": start, "loss": loss, "budget": budget, "seed": seed, "total_tokens": arguments.tokens}
 
 
 def main():
@@ -61,41 +69,38 @@ def main():
         )
     )
     done = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=["start", "loss", "budget", "seed", "total_tokens"])
-    for start in arguments.starts:
-        model = start_model(start, source, calibration, arguments.budget)
-        for loss in arguments.losses if start != "source" else ["lm"]:
-            for seed in arguments.seeds:
-                run = {
-                    "start": start,
-                    "loss": loss,
-                    "budget": arguments.budget if start != "source" else 1.0,
-                    "seed": seed,
-                    "total_tokens": arguments.tokens,
-                }
-                if (done[list(run)] == pd.Series(run)).all(axis=1).any():
-                    continue
-                folder = ROOT / "runs" / "recovery" / "-".join(map(str, [name, *run.values()]))
-                begin = time.perf_counter()
-                pretrain(
-                    model,
-                    training,
-                    arguments.tokens,
-                    source if loss == "distil" else None,
-                    learning_rate=arguments.learning_rate,
-                    seed=seed,
-                    validation=validation,
-                    output_dir=folder,
-                )
-                log = training_log(folder)[["tokens", "perplexity"]].round(4)
-                rows = log.assign(
-                    model=arguments.model,
-                    **run,
-                    learning_rate=arguments.learning_rate,
-                    validation_tokens=scored_tokens(validation),
-                    seconds=round(time.perf_counter() - begin),
-                )
-                done = pd.concat([done, rows]) if len(done) else rows
-                write_whole(out, done.to_csv(index=False))
+    models = {}
+    for run in planned_runs(arguments):
+        if (done[list(run)] == pd.Series(run)).all(axis=1).any():
+            continue
+        start = run["start"]
+        if start not in models:
+            models[start] = start_model(start, source, calibration, arguments.budget)
+        folder = ROOT / "runs" / "recovery" / "-".join(map(str, [name, *run.values()]))
+        begin = time.perf_counter()
+        pretrain(
+            models[start],
+            training,
+            arguments.tokens,
+            source if run["loss"] == "distil" else None,
+            learning_rate=arguments.learning_rate,
+            seed=run["seed"],
+            validation=validation,
+            output_dir=folder,
+        )
+        rows = (
+            training_log(folder)[["tokens", "perplexity"]]
+            .round(4)
+            .assign(
+                model=arguments.model,
+                **run,
+                learning_rate=arguments.learning_rate,
+                validation_tokens=scored_tokens(validation),
+                seconds=round(time.perf_counter() - begin),
+            )
+        )
+        done = pd.concat([done, rows]) if len(done) else rows
+        write_whole(out, done.to_csv(index=False))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ CSV already has are not measured again, so an interrupted run resumes.
 import argparse
 import time
 from dataclasses import replace
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +26,6 @@ from dha_utils.allocation import (
     loss_rises,
     partition_costs,
     plan_of_counts,
-    uniform_counts,
     uniform_plan,
 )
 from dha_utils.evaluation import scored_tokens
@@ -47,26 +48,35 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def models(source, calibration, budget, cache):
-    """(method, allocation, function that makes the model) for one budget; `cache` keeps what all budgets share."""
-    heads = heads_for_budget(source.config, budget)
-    neighbours = uniform_plan(source.config, uniform_counts(source.config, heads))
-    yield "mean", "uniform", lambda: fuse(source, neighbours, method="mean")
-    if not cache:
-        cache["layers"] = spectral_layers(source, calibration)
-        cache["partitions"] = group_heads(source, calibration, layers=cache["layers"])
-    layers, partitions = cache["layers"], cache["partitions"]
-    standard = [replace(layer, free_frequencies=False) for layer in layers]
-    yield "spectral, standard planes", "uniform", lambda: fuse(source, neighbours, layers=standard)
-    yield "spectral", "uniform", lambda: fuse(source, neighbours, layers=layers)
-    for allocation in ("cost", "loss"):
+def methods(source, calibration):
+    """{(method, allocation): function of the number of heads that makes the model}; what they share is made once."""
 
-        def make(allocation=allocation):
-            if allocation not in cache:
-                cache[allocation] = partition_costs(partitions) if allocation == "cost" else loss_rises(source, calibration)
-            return fuse(source, plan_of_counts(partitions, knapsack(cache[allocation], heads)), layers=layers)
+    @cache
+    def layers():
+        return spectral_layers(source, calibration)
 
-        yield "spectral", allocation, make
+    @cache
+    def partitions():
+        return group_heads(source, calibration, layers=layers())
+
+    @cache
+    def prices(allocation):
+        return partition_costs(partitions()) if allocation == "cost" else loss_rises(source, calibration)
+
+    def standard_planes(heads):
+        standard = [replace(layer, free_frequencies=False) for layer in layers()]
+        return fuse(source, uniform_plan(source.config, heads), layers=standard)
+
+    def allocated(allocation, heads):
+        return fuse(source, plan_of_counts(partitions(), knapsack(prices(allocation), heads)), layers=layers())
+
+    return {
+        ("mean", "uniform"): lambda heads: fuse(source, uniform_plan(source.config, heads), method="mean"),
+        ("spectral, standard planes", "uniform"): standard_planes,
+        ("spectral", "uniform"): lambda heads: fuse(source, uniform_plan(source.config, heads), layers=layers()),
+        ("spectral", "cost"): partial(allocated, "cost"),
+        ("spectral", "loss"): partial(allocated, "loss"),
+    }
 
 
 def markdown_table(path):
@@ -101,16 +111,15 @@ def main():
     rows = pd.read_csv(out).to_dict("records") if out.exists() else []
     done = {(row["method"], row["allocation"], row["seed"], round(row["budget"], 4)) for row in rows}
     base = perplexity(source, validation)
-    work = [(seed, budget) for seed in arguments.seeds for budget in arguments.budgets]
-    caches = {seed: {} for seed in arguments.seeds}
-    for seed, budget in tqdm(work, "seeds × budgets"):
+    for seed in tqdm(arguments.seeds, "calibration draws"):
         draw = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
         calibration = pool[draw[: arguments.calibration_blocks]]
-        for method, allocation, make in models(source, calibration, budget, caches[seed]):
+        cases = product(arguments.budgets, methods(source, calibration).items())
+        for budget, ((method, allocation), make) in cases:
             if (method, allocation, seed, round(budget, 4)) in done:
                 continue
             start = time.perf_counter()
-            model = make()
+            model = make(heads_for_budget(source.config, budget))
             seconds = time.perf_counter() - start
             counts = model.config.head_counts()
             result = perplexity(model, validation)

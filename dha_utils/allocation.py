@@ -150,9 +150,9 @@ def uniform_counts(config, heads):
     return counts.reshape(2, -1).T.tolist()
 
 
-def uniform_plan(config, counts):
-    """GQA's way: contiguous groups of nearly equal size, counts[layer] = (key heads, value heads) of them."""
-    plans = [HeadPlan.uniform(config, *count) for count in counts]
+def uniform_plan(config, heads):
+    """GQA's way: `heads` key and value heads in all, as `uniform_counts` spreads them, in contiguous groups."""
+    plans = [HeadPlan.uniform(config, *count) for count in uniform_counts(config, heads)]
     return HeadPlan([plan.key_groups[0] for plan in plans], [plan.value_groups[0] for plan in plans])
 
 
@@ -164,8 +164,7 @@ def knapsack(prices, heads):
     Raises ValueError if no counts add up to `heads`.
     """
     items = np.asarray(prices, dtype=float).reshape(-1, np.shape(prices)[-1])
-    if not len(items) <= heads <= items.size:
-        raise ValueError(f"{heads} heads cannot be shared among {len(items)} places of 1 to {items.shape[1]} heads")
+    check_total(heads, items)
     best, choices = np.zeros(1), []
     for price in items:
         totals = np.full((len(price), len(best) + len(price)), np.inf)  # row n - 1: this place keeps n heads
@@ -178,6 +177,12 @@ def knapsack(prices, heads):
         counts.append(int(choice[heads]))
         heads -= counts[-1]
     return np.reshape(counts[::-1], (-1, 2)).tolist()
+
+
+def check_total(heads, items):
+    """`items` [places, n]: every place takes 1 to n heads."""
+    if not len(items) <= heads <= items.size:
+        raise ValueError(f"{heads} heads cannot be shared among {len(items)} places of 1 to {items.shape[1]} heads")
 
 
 def plan_of_counts(partitions, counts):

@@ -1,6 +1,6 @@
-"""From a `HeadPlan` to a DHA model: the shared heads of each group, by mean pooling or by spectral fusion.
+"""From a `HeadPlan` to a DHA model without training: the shared heads of each group, by mean pooling or spectral fusion.
 
-The paper's learned linear fusion (DHA §4.2) will stand beside them.
+The paper's learned linear fusion (DHA §4.2), which trains, is `linear.py`.
 """
 
 import copy
@@ -25,20 +25,21 @@ def fuse(model, plan, blocks=None, method="spectral", free_frequencies=True, lay
     Raises ValueError if the method is unknown, its calibration is missing or the plan is of another shape.
     """
     check_method(method)
-    shape = (len(plan.key_groups), plan.source_heads)
-    if shape != (model.config.num_hidden_layers, model.config.num_key_value_heads):
-        raise ValueError(
-            f"the plan is for {shape[0]} layers of {shape[1]} key-value heads, the model has "
-            f"{model.config.num_hidden_layers} of {model.config.num_key_value_heads}: make a plan for this model"
-        )
+    check_plan(plan, model.config)
     if method == "spectral" and layers is None:
         layers = spectral_layers(model, blocks, free_frequencies)
     fused_layers = [
         fuse_layer(layer.self_attn, plan.key_groups[i], plan.value_groups[i], layers[i] if layers else None)
         for i, layer in enumerate(model.model.layers)
     ]
+    return assemble(model, fused_layers)
+
+
+def assemble(model, fused_layers):
+    """The DHA model with the attention of `fused_layers`, one `FusedLayer` a layer, and all else from `model`."""
     fused = DhaForCausalLM(dha_config(model.config, fused_layers)).to(model.device, model.dtype)
-    weights = {name: weight for name, weight in model.state_dict().items() if ".self_attn." not in name}
+    weights, own = model.state_dict(), fused.state_dict()
+    weights = {name: weight for name, weight in weights.items() if name in own and ".self_attn." not in name}
     for i, layer in enumerate(fused_layers):
         weights |= {f"model.layers.{i}.self_attn.{name}": weight for name, weight in layer.weights.items()}
     fused.load_state_dict(weights)
@@ -48,7 +49,19 @@ def fuse(model, plan, blocks=None, method="spectral", free_frequencies=True, lay
 
 def check_method(method):
     if method not in METHODS:
-        raise ValueError(f"there is no fusion method {method!r}: choose one of {', '.join(METHODS)}")
+        raise ValueError(
+            f"there is no fusion method {method!r} without training: choose one of {', '.join(METHODS)}; the paper's "
+            "linear fusion is dha_utils.linear.learn_fusion"
+        )
+
+
+def check_plan(plan, config):
+    shape = (len(plan.key_groups), plan.source_heads)
+    if shape != (config.num_hidden_layers, config.num_key_value_heads):
+        raise ValueError(
+            f"the plan is for {shape[0]} layers of {shape[1]} key-value heads, the model has "
+            f"{config.num_hidden_layers} of {config.num_key_value_heads}: make a plan for this model"
+        )
 
 
 def spectral_layers(model, blocks, free_frequencies=True):
@@ -96,15 +109,21 @@ def fuse_layer(attention, key_groups, value_groups, spectral=None):
             value, columns = spectral.fuse_values(group)
             output[:, query_heads(group, queries_per_head)] = columns.unflatten(1, (-1, d)).to(output)
         values.append(value.to(output))
-    weights = {"o_proj.weight": output.flatten(1)}
+    maps = [head_map(groups, queries_per_head) for groups in (key_groups, value_groups)]
+    rows = {"q_proj": query.flatten(0, 1), "k_proj": torch.cat(keys), "v_proj": torch.cat(values)}
+    return FusedLayer(*maps, frequencies, weights_by_name(attention, rows, output.flatten(1)))
+
+
+def weights_by_name(attention, rows, output):
+    """The state dict of a fused attention from {projection: what `with_bias` would give} and the weight of o_proj."""
+    weights = {"o_proj.weight": output}
     if attention.o_proj.bias is not None:
         weights["o_proj.bias"] = attention.o_proj.bias
-    for name, rows in (("q_proj", query.flatten(0, 1)), ("k_proj", torch.cat(keys)), ("v_proj", torch.cat(values))):
+    for name, weight in rows.items():
         if attention.q_proj.bias is not None:
-            weights[f"{name}.bias"], rows = rows[:, -1], rows[:, :-1]
-        weights[f"{name}.weight"] = rows
-    maps = [head_map(groups, queries_per_head) for groups in (key_groups, value_groups)]
-    return FusedLayer(*maps, frequencies, weights)
+            weights[f"{name}.bias"], weight = weight[:, -1], weight[:, :-1]
+        weights[f"{name}.weight"] = weight
+    return weights
 
 
 def mean_head(projection, group, head_dim):

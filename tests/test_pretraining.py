@@ -8,8 +8,8 @@ from conftest import logits
 
 from dha_utils import HeadPlan, fuse, pretrain
 from dha_utils.evaluation import perplexity, scored_tokens, token_losses
-from dha_utils.pretraining import training_log
 from dha_utils.runs import open_run, record_metrics, require, save_model, write_whole
+from dha_utils.training import training_log
 
 
 @pytest.fixture

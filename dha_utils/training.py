@@ -1,0 +1,119 @@
+"""What every training of this package shares: transformers' `Trainer` with a loss of one's own, resumable."""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import pandas as pd
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .runs import write_whole
+
+
+class LossTrainer(Trainer):
+    """A `Trainer` that trains on `loss(model, input_ids, step) -> (loss, {what to log})`; evaluation keeps the LM loss."""
+
+    loss, logged = None, {}
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if self.loss is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        loss, self.logged = self.loss(model, inputs["input_ids"], self.state.global_step)
+        return loss
+
+    def log(self, logs, start_time=None):
+        super().log(logs | self.logged if "loss" in logs else logs, start_time)
+
+
+def train(
+    model,
+    blocks,
+    tokens,
+    loss=None,
+    optimizer=None,
+    callbacks=(),
+    tokens_per_step=1024,
+    seed=0,
+    validation=None,
+    evaluations=5,
+    output_dir="runs/training",
+    settings=(),
+    **arguments,
+):
+    """Train `model` in place on `tokens` tokens of `blocks` [blocks, length], in an order that only `seed` decides.
+
+    `loss`: as `LossTrainer` takes it; None is the LM loss. `optimizer`: None is AdamW on what requires a gradient.
+    `validation` [blocks, length]: its perplexity is measured `evaluations` times, evenly spaced, and at the start.
+    `settings`: whatever else the result depends on; `arguments`: more of `TrainingArguments`.
+    `output_dir` gets `log.csv` (`training_log` reads it) and checkpoints, from which the same call resumes.
+
+    Raises ValueError if the tokens do not make a step, or a step is not a whole number of blocks.
+    """
+    length = blocks.shape[1]
+    if tokens_per_step % length or tokens < tokens_per_step:
+        raise ValueError(
+            f"{tokens} tokens in steps of {tokens_per_step} do not fit blocks of {length}: a step must hold a whole "
+            "number of blocks, and the tokens at least one step"
+        )
+    steps = tokens // tokens_per_step
+    settings = [tokens, tokens_per_step, seed, evaluations, *settings, arguments]
+    checkpoints = Path(output_dir) / _fingerprint(model, blocks, settings)
+    every = max(1, steps // evaluations)
+    set_seed(seed)
+    trainer = LossTrainer(
+        model,
+        TrainingArguments(
+            output_dir=str(checkpoints),
+            max_steps=steps,
+            per_device_train_batch_size=tokens_per_step // length,
+            per_device_eval_batch_size=tokens_per_step // length,
+            weight_decay=0.0,
+            seed=seed,
+            eval_strategy="no" if validation is None else "steps",
+            eval_steps=every,
+            eval_on_start=validation is not None,
+            save_steps=every,
+            save_total_limit=1,
+            report_to="none",
+            disable_tqdm="TQDM_DISABLE" in os.environ,  # else Trainer's own bar, a table in notebooks
+            use_cpu=model.device.type == "cpu",
+            dataloader_pin_memory=False,
+            **{"logging_steps": every} | arguments,
+        ),
+        train_dataset=as_examples(blocks),
+        eval_dataset=None if validation is None else as_examples(validation),
+        optimizers=(optimizer, None),
+        callbacks=list(callbacks),
+    )
+    trainer.loss = loss
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    log = pd.DataFrame(trainer.state.log_history).groupby("step", as_index=False).first()
+    log.insert(1, "tokens", log["step"] * tokens_per_step)
+    write_whole(Path(output_dir) / "log.csv", log.to_csv(index=False))
+    model.config.use_cache = True  # Trainer turned it off
+    return model.eval()
+
+
+def training_log(output_dir):
+    """What `train` logged there: step, tokens, loss, perplexity on the validation blocks, and what else the loss tells."""
+    log = pd.read_csv(Path(output_dir) / "log.csv")
+    if "eval_loss" in log:
+        log["perplexity"] = log["eval_loss"].map(math.exp)
+    own = ("step", "tokens", "loss", "perplexity", "fusion_loss", "target", "multiplier", "collapsed_perplexity")
+    return log[[column for column in own if column in log]]
+
+
+def as_examples(blocks):
+    """Blocks of tokens as the data set that a `Trainer` takes for a causal language model."""
+    return [{"input_ids": block, "labels": block} for block in blocks]
+
+
+def _fingerprint(model, blocks, settings):
+    """Names a training run by all it depends on, so that a changed run never resumes from another's checkpoint."""
+    weights = [parameter.detach().double().abs().sum().item() for parameter in model.parameters()]
+    text = json.dumps([settings, weights, blocks.shape, blocks.double().sum().item(), model.config.to_dict()], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -37,7 +37,7 @@ def plan_heads(model, blocks, budget, method="spectral", allocation="loss", seed
         if allocation == "cost":
             prices = partition_costs(partitions)
         else:
-            chosen = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:16]
+            chosen = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:16].sort().values
             prices = loss_rises(model, blocks[chosen], method)
         counts = knapsack(prices, heads)
     return plan_of_counts(partitions, counts)

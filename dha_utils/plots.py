@@ -143,3 +143,40 @@ def compression_chart(table, trained, bytes_per_token, title):
     top.set_xlabel("KV cache (bytes a token)")
     axis.legend(fontsize=9)
     return figure
+
+
+def score_maps(history, layer, title):
+    """How far ω rows of query heads are apart (`search_scores`) in one layer: a column per step kept, keys above values."""
+    figure, axes = plt.subplots(
+        2, len(history), figsize=(2.4 * len(history) + 1, 5.2), squeeze=False, layout="constrained"
+    )
+    for row, kind in zip(axes, ("key", "value")):
+        top = max(float(scores[kind][layer].max()) for scores in history.values())
+        for axis, (step, scores) in zip(row, history.items()):
+            image = axis.imshow(scores[kind][layer], vmin=0, vmax=top, cmap=SHEET)
+            axis.set(title=f"{kind}s, step {step}", xlabel="query head", ylabel="query head")
+            axis.grid(False)
+        figure.colorbar(image, ax=row, label="squared distance")
+    figure.suptitle(title)
+    return figure
+
+
+def fusion_curves(log, title):
+    """A learned fusion over its tokens (`training_log`): L_fusion and its target, λ, and what averaging ω would give."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    thousands = log["tokens"] / 1e3
+    axes[0].plot(thousands, log["fusion_loss"], marker="o", label="L_fusion")
+    axes[0].plot(thousands, log["target"], marker="s", linestyle="--", label="target t")
+    axes[0].set(title="fusion loss", ylabel="squared distance of ω rows")
+    axes[1].plot(thousands, log["multiplier"], marker="D", color=COLORS[4])
+    axes[1].set(title="multiplier λ", ylabel="price of a unit of L_fusion (nats)")
+    axes[2].plot(thousands, log["perplexity"], marker="o", label="each query head with its own ω")
+    axes[2].plot(thousands, log["collapsed_perplexity"], marker="s", linestyle="--", label="ω averaged in each group")
+    axes[2].set(title="perplexity", ylabel="validation perplexity (log scale)", yscale="log")
+    plain_log(axes[2].yaxis)
+    for axis in axes:
+        axis.set_xlabel("training tokens (thousands)")
+    axes[0].legend()
+    axes[2].legend()
+    figure.suptitle(title)
+    return figure

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,6 +55,18 @@ def write_whole(path, text):
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     os.replace(partial, path)
+
+
+def read_rows(path):
+    """The table of a CSV, empty if there is none yet."""
+    return pd.read_csv(path) if Path(path).exists() else pd.DataFrame()
+
+
+def append_rows(path, rows):
+    """Add `rows` (dictionaries) to a CSV to which other processes may be adding theirs."""
+    with FileLock(f"{path}.lock"):
+        table = pd.concat([read_rows(path), pd.DataFrame(rows)])
+        write_whole(path, table.to_csv(index=False, float_format="%.6g"))
 
 
 def save_model(model, tokenizer, path):

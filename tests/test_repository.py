@@ -54,6 +54,8 @@ def test_notebooks_share_their_parameters_and_open_and_close_in_prose(path):
     notebook = nbformat.read(path, as_version=4)
     assert 15 <= len(notebook.cells) <= 35
     assert notebook.cells[0].cell_type == "markdown" and "?" in notebook.cells[0].source
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert not re.search(r"^#( #|$)", prose, re.MULTILINE), "prose with comment signs renders as headings"
     assert shows(notebook.cells[-1], "text/markdown"), "the last cell says what was found, computed"
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     names = [node.targets[0].id for node in ast.parse(parameters.source).body]

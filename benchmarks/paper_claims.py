@@ -1,0 +1,205 @@
+"""The paper's method and its claims at a scale anyone can rerun: eight ways to the same head budget, on the same tokens.
+
+    python benchmarks/paper_claims.py                                 # wiki-mha, 25 % and 50 %, seeds 0-2; days on one core
+    python benchmarks/paper_claims.py --seeds 0 & python benchmarks/paper_claims.py --seeds 1     # may run side by side
+    python benchmarks/paper_claims.py --model smollm2-135m --length 512 --budgets 0.5 --tokens 0 100000
+
+Tokens are counted from the first step of the search; a run at T tokens has its own schedule. A tenth of them goes to the
+search (at most its 240 steps), at most half to learning the fusion, the rest to continued pre-training of all weights on
+the LM loss. Runs resume, and those that the CSV already has are not repeated.
+"""
+
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from dha_utils import HeadPlan, fuse, head_similarity, load_checkpoint, load_text, perplexity, plan_heads, pretrain, token_blocks
+from dha_utils.allocation import heads_for_budget, knapsack, partition_costs, plan_of_counts, uniform_counts, uniform_plan
+from dha_utils.evaluation import scored_tokens
+from dha_utils.grouping import pairwise_cost
+from dha_utils.linear import learn_fusion
+from dha_utils.runs import ROOT, append_rows, read_rows
+from dha_utils.search import anneal, score_partitions, search_scores
+from dha_utils.training import training_log
+
+HERE = Path(__file__).parent
+SEARCH_STEPS = 240
+SEARCH_SHARE, FUSION_SHARE = 0.1, 0.5
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="wiki-mha")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[0, 100_000, 300_000, 1_000_000, 3_000_000])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of the continued pre-training")
+    parser.add_argument("--length", type=int, default=256, help="tokens a block")
+    parser.add_argument("--calibration-blocks", type=int, default=16, help="for CKA on text and for spectral fusion")
+    parser.add_argument("--validation-blocks", type=int, default=64)
+    parser.add_argument("--out", type=Path, help="default: results/paper_claims_MODEL.csv beside this script")
+    return parser.parse_args()
+
+
+class Study:
+    """What the runs of one model share: its text, and how many tokens each stage of a run has used."""
+
+    def __init__(self, arguments):
+        self.name, self.learning_rate, self.length = Path(arguments.model).name, arguments.learning_rate, arguments.length
+        self.source, tokenizer = load_checkpoint(arguments.model)
+        self.training, self.calibration, self.validation = (
+            token_blocks(tokenizer, load_text("wikipedia", split), arguments.length, limit)
+            for split, limit in (
+                ("train", None),
+                ("calibration", None),
+                ("validation", arguments.validation_blocks),
+            )
+        )
+        self.calibration_blocks = arguments.calibration_blocks
+
+    def draw(self, seed):
+        """Calibration blocks drawn by the seed."""
+        chosen = torch.randperm(len(self.calibration), generator=torch.Generator().manual_seed(seed))
+        return self.calibration[chosen[: self.calibration_blocks].sort().values]
+
+
+def gqa(study, budget, tokens, seed, folder):
+    """(a) GQA: neighbours, mean-pooled."""
+    plan = uniform_plan(study.source.config, heads_for_budget(study.source.config, budget))
+    return fuse(study.source, plan, method="mean"), 0
+
+
+def gqa_by_cka(study, budget, tokens, seed, folder):
+    """(b) GQA whose groups, equal in size and the same for keys and values, are annealed on the CKA of their weights."""
+    config = study.source.config
+    similarity = head_similarity(study.source)
+    kept = round(budget * config.num_key_value_heads)
+    distances = (2 - similarity["key"] - similarity["value"]).tolist()
+    groups = [anneal(pairwise_cost(layer), config.num_key_value_heads, kept, seed)[1] for layer in distances]
+    return fuse(study.source, HeadPlan(groups, groups), method="mean"), 0
+
+
+def dha(study, budget, tokens, seed, folder, groups="search", allocation="knapsack", fusion="linear"):
+    """The paper's method: search, fusion; with parts of it left out on demand."""
+    config = study.source.config
+    heads = heads_for_budget(config, budget)
+    steps = min(SEARCH_STEPS, int(SEARCH_SHARE * tokens / study.length))
+    scores = search_scores(
+        study.source, study.training, steps, study.length, seed=seed, snapshots=1, output_dir=folder / "search"
+    )
+    partitions = score_partitions(scores[steps], config.num_key_value_heads, seed=seed)
+    counts = knapsack(partition_costs(partitions), heads) if allocation == "knapsack" else uniform_counts(config, heads)
+    plan = plan_of_counts(partitions, counts)
+    used = steps * study.length
+    if groups == "neighbours":
+        plans = [HeadPlan.uniform(config, *count) for count in counts]
+        plan = HeadPlan([p.key_groups[0] for p in plans], [p.value_groups[0] for p in plans])
+    if fusion == "mean":
+        return fuse(study.source, plan, method="mean"), used
+    step = fusion_step(tokens, study.length)
+    fused = learn_fusion(
+        study.source,
+        plan,
+        study.training,
+        int(FUSION_SHARE * tokens) // step * step,
+        multiplier_learning_rate=1.0,
+        tokens_per_step=step,
+        seed=seed,
+        output_dir=folder / "fusion",
+    )
+    log = training_log(folder / "fusion")
+    return fused, used + int(log["tokens"].iloc[-1])
+
+
+def fusion_step(tokens, length):
+    """2,048 tokens a step, fewer where that would leave the fusion less than 200 of them."""
+    return max(length, min(2048, int(FUSION_SHARE * tokens / 200) // length * length))
+
+
+def spectral(study, budget, tokens, seed, folder):
+    """(g) ours: spectral fusion, heads allocated by measured loss, on calibration text drawn by the seed."""
+    calibration = study.draw(seed)
+    return fuse(study.source, plan_heads(study.source, calibration, budget), calibration), 0
+
+
+METHODS = {
+    "GQA": gqa,
+    "GQA, groups by CKA": gqa_by_cka,
+    "DHA layout, mean-pooled neighbours": partial(dha, groups="neighbours", fusion="mean"),
+    "DHA without adaptive allocation": partial(dha, allocation="uniform"),
+    "DHA without learned fusion": partial(dha, fusion="mean"),
+    "DHA": dha,
+    "spectral": spectral,
+    "source": lambda study, *_: (study.source, 0),
+}
+SEARCHED = [name for name in METHODS if name.startswith("DHA")]
+
+
+def planned_runs(arguments):
+    """The runs asked for, cheapest first; the source has one budget, and without tokens there is no search."""
+    for tokens in sorted(arguments.tokens):
+        for seed in arguments.seeds:
+            for budget in arguments.budgets:
+                for method in arguments.methods:
+                    if (tokens == 0 and method in SEARCHED) or (method == "source" and budget != arguments.budgets[0]):
+                        continue
+                    share = 1.0 if method == "source" else budget
+                    yield {"method": method, "budget": share, "tokens": tokens, "seed": seed}
+
+
+def measure(study, run):
+    """The row of one run."""
+    folder = ROOT / "runs" / "paper_claims" / study.name / "-".join(str(part).replace(" ", "_") for part in run.values())
+    begin = time.perf_counter()
+    model, used = METHODS[run["method"]](study, run["budget"], run["tokens"], run["seed"], folder)
+    before = perplexity(model, study.validation)
+    step = fusion_step(run["tokens"], study.length)
+    left = (run["tokens"] - used) // step * step
+    if left:
+        model = pretrain(
+            model,
+            study.training,
+            left,
+            trainable="all",
+            learning_rate=study.learning_rate,
+            tokens_per_step=step,
+            seed=run["seed"],
+            evaluations=1,
+            output_dir=folder / "pretraining",
+        )
+    counts = model.config.head_counts() if run["method"] != "source" else []
+    heads = study.source.config.num_key_value_heads * study.source.config.num_hidden_layers
+    log = folder / "fusion" / "log.csv"
+    return run | {
+        "model": study.name,
+        "perplexity": perplexity(model, study.validation),
+        "perplexity_before_pretraining": before,
+        "tokens_before_pretraining": used,
+        "fusion_loss": training_log(log.parent)["fusion_loss"].iloc[-1] if log.exists() else None,
+        "key_heads": sum(keys for keys, _ in counts) or heads,
+        "value_heads": sum(values for _, values in counts) or heads,
+        "heads_by_layer": " ".join(f"{keys}+{values}" for keys, values in counts),
+        "validation_tokens": scored_tokens(study.validation),
+        "seconds": round(time.perf_counter() - begin),
+    }
+
+
+def main():
+    arguments = parse_arguments()
+    out = arguments.out or HERE / "results" / f"paper_claims_{Path(arguments.model).name}.csv"
+    study = Study(arguments)
+    for run in planned_runs(arguments):
+        done = read_rows(out)
+        if len(done) and (done[list(run)] == pd.Series(run)).all(axis=1).any():
+            continue
+        append_rows(out, [measure(study, run)])
+        print(f"{run['method']}, budget {run['budget']:.0%}, {run['tokens']:,} tokens, seed {run['seed']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

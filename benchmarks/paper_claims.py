@@ -17,7 +17,17 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from dha_utils import HeadPlan, fuse, head_similarity, load_checkpoint, load_text, perplexity, plan_heads, pretrain, token_blocks
+from dha_utils import (
+    HeadPlan,
+    fuse,
+    head_similarity,
+    load_checkpoint,
+    load_text,
+    perplexity,
+    plan_heads,
+    pretrain,
+    token_blocks,
+)
 from dha_utils.allocation import heads_for_budget, knapsack, partition_costs, plan_of_counts, uniform_counts, uniform_plan
 from dha_utils.evaluation import scored_tokens
 from dha_utils.grouping import pairwise_cost

@@ -101,10 +101,12 @@ def loss_rises(model, blocks, method="spectral"):
     heads = model.config.num_key_value_heads
     inputs, base = layer_inputs(model, held_out), token_losses(model, held_out).mean()
     rises, together = torch.zeros(len(partitions), 2, heads), torch.zeros(2, heads)
+    alone = [[head] for head in range(heads)]
     with tqdm(total=rises[..., 1:].numel(), desc="measuring losses", leave=False) as steps:
         for kind, n in product(range(2), range(1, heads)):
             for index in range(len(partitions)):
-                with fused_in_place(model, index, partitions, kind, n, layers):
+                groups = partitions[index][kind][n - 1][1]
+                with fused_in_place(model, index, *((groups, alone) if kind == 0 else (alone, groups)), layers):
                     rises[index, kind, n - 1] = token_losses(model, held_out, index, inputs[index]).mean() - base
                 steps.update()
             counts = [[n, heads] if kind == 0 else [heads, n]] * len(partitions)
@@ -115,13 +117,15 @@ def loss_rises(model, blocks, method="spectral"):
 
 
 @contextmanager
-def fused_in_place(model, index, partitions, kind, n, layers):
-    """Layer `index` of the source `model` keeps n key (value) heads, for the time of a `with` block."""
-    layer, heads = model.model.layers[index], model.config.num_key_value_heads
-    groups = [[[h] for h in range(heads)]] * 2
-    groups[kind] = partitions[index][kind][n - 1][1]
+def fused_in_place(model, index, key_groups, value_groups, layers=None):
+    """Layer `index` of the source `model` shares heads by these groups for the time of a `with` block.
+
+    `layers`: what `spectral_layers` gives; without it the heads are mean-pooled.
+    """
+    layer = model.model.layers[index]
     attention = layer.self_attn
-    layer.self_attn = fused_attention(model.config, fuse_layer(attention, *groups, layers[index] if layers else None))
+    fused = fuse_layer(attention, key_groups, value_groups, layers[index] if layers else None)
+    layer.self_attn = fused_attention(model.config, fused)
     try:
         yield
     finally:

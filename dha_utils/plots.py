@@ -147,9 +147,7 @@ def compression_chart(table, trained, bytes_per_token, title):
 
 def score_maps(history, layer, title):
     """How far ω rows of query heads are apart (`search_scores`) in one layer: a column per step kept, keys above values."""
-    figure, axes = plt.subplots(
-        2, len(history), figsize=(2.4 * len(history) + 1, 5.2), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(2, len(history), figsize=(2.4 * len(history) + 1, 5.2), squeeze=False, layout="constrained")
     for row, kind in zip(axes, ("key", "value")):
         top = max(float(scores[kind][layer].max()) for scores in history.values())
         for axis, (step, scores) in zip(row, history.items()):

@@ -1,0 +1,111 @@
+"""Which pairwise measure foretells the loss of fusing two heads? Every pair of every layer, fused for real.
+
+    python benchmarks/similarity.py                                            # wiki-mha, about 10 minutes on one core
+    python benchmarks/similarity.py --model smollm2-135m --length 512 --blocks 16
+
+Half of the calibration blocks make the fusion and the measures, the other half measure the rise of the loss. Writes one
+row a pair to results/similarity_MODEL.csv. The ω score comes from the paper's search, on training text.
+"""
+
+import argparse
+from itertools import combinations
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+from dha_utils import head_similarity, load_checkpoint, load_text, token_blocks
+from dha_utils.allocation import fused_in_place, layer_inputs
+from dha_utils.evaluation import token_losses
+from dha_utils.fusion import spectral_layers
+from dha_utils.runs import ROOT, write_whole
+from dha_utils.search import search_scores
+from dha_utils.statistics import with_bias
+
+HERE = Path(__file__).parent
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="wiki-mha")
+    parser.add_argument("--length", type=int, default=256, help="tokens a block")
+    parser.add_argument("--blocks", type=int, default=64, help="calibration blocks, half to fuse, half to measure")
+    parser.add_argument("--search-steps", type=int, default=240)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="default: results/similarity_MODEL.csv beside this script")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def cosine(model):
+    """Cosine of the heads' weights: {"key": [layers, heads, heads], "value": same}."""
+    result = {}
+    for kind, name in (("key", "k_proj"), ("value", "v_proj")):
+        heads = [
+            normalize(with_bias(getattr(layer.self_attn, name)).view(model.config.num_key_value_heads, -1))
+            for layer in model.model.layers
+        ]
+        result[kind] = torch.stack([rows @ rows.T for rows in heads])
+    return result
+
+
+def omega_similarity(scores, heads):
+    """Minus the mean distance of the ω rows of two source heads' query heads."""
+    return {
+        kind: -matrix.unflatten(1, (heads, -1)).unflatten(3, (heads, -1)).mean((2, 4)) for kind, matrix in scores.items()
+    }
+
+
+@torch.no_grad()
+def measured_rises(model, fitted, held_out):
+    """{(layer, kind, i, j): (rise, its standard error over blocks)} of the LM loss, in nats a token."""
+    layers = spectral_layers(model, fitted)
+    inputs, base = layer_inputs(model, held_out), token_losses(model, held_out).mean(1)
+    heads = model.config.num_key_value_heads
+    alone = [[head] for head in range(heads)]
+    pairs = list(combinations(range(heads), 2))
+    rises = {}
+    for index in tqdm(range(len(layers)), "layers"):
+        for kind in ("key", "value"):
+            for i, j in pairs:
+                groups = [[i, j], *([head] for head in range(heads) if head not in (i, j))]
+                with fused_in_place(model, index, *((groups, alone) if kind == "key" else (alone, groups)), layers):
+                    rise = token_losses(model, held_out, index, inputs[index]).mean(1) - base
+                rises[index, kind, i, j] = rise.mean().item(), (rise.std() / len(rise) ** 0.5).item()
+    return rises
+
+
+def main():
+    arguments = parse_arguments()
+    name = Path(arguments.model).name
+    out = arguments.out or HERE / "results" / f"similarity_{name}.csv"
+    model, tokenizer = load_checkpoint(arguments.model)
+    calibration = token_blocks(tokenizer, load_text("wikipedia", "calibration"), arguments.length, arguments.blocks)
+    training = token_blocks(tokenizer, load_text("wikipedia", "train"), arguments.length)
+    fitted, held_out = calibration[0::2], calibration[1::2]
+    history = search_scores(
+        model,
+        training,
+        arguments.search_steps,
+        arguments.length,
+        seed=arguments.seed,
+        output_dir=ROOT / "runs" / "similarity" / name,
+    )
+    measures = {metric: head_similarity(model, fitted, metric) for metric in ("weight_cka", "activation_cka", "spectral")}
+    measures |= {
+        "cosine": cosine(model),
+        "omega": omega_similarity(history[max(history)], model.config.num_key_value_heads),
+    }
+    rows = [
+        {"layer": layer, "kind": kind, "i": i, "j": j}
+        | {metric: values[kind][layer, i, j].item() for metric, values in measures.items()}
+        | {"rise": rise, "standard_error": error, "tokens": held_out[:, 1:].numel()}
+        for (layer, kind, i, j), (rise, error) in measured_rises(model, fitted, held_out).items()
+    ]
+    write_whole(out, pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ import copy
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import rotate_half
 
 from .fusion import fuse
 from .grouping import HeadPlan
@@ -80,3 +81,14 @@ def grouped_query(model, blocks):
     grouped = LlamaForCausalLM(LlamaConfig(**config.to_dict() | {"num_key_value_heads": kept}))
     grouped.load_state_dict(fused.state_dict())
     return grouped.to(model.device, model.dtype).eval()
+
+
+@torch.no_grad()
+def rope_score(model, query, key, query_position, key_position, omega=1.0):
+    """q · k (both [d]) after RoPE at their positions; `omega` [d] weighs the key after RoPE, as nobody should."""
+
+    def turned(x, position):
+        cos, sin = model.model.rotary_emb(x[None, None], torch.tensor([[position]]))
+        return (x * cos + rotate_half(x) * sin).flatten()
+
+    return float(turned(query, query_position) @ (omega * turned(key, key_position)))

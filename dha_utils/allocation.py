@@ -6,9 +6,10 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn.functional import kl_div
 from tqdm import tqdm
 
-from .evaluation import token_losses
+from .evaluation import log_probabilities, true_losses
 from .fusion import check_method, fuse, fuse_layer, fused_attention, spectral_layers
 from .grouping import HeadPlan, best_partitions
 from .spectral import mean_cost
@@ -86,10 +87,11 @@ def partition_costs(partitions):
 def loss_rises(model, blocks, method="spectral"):
     """[layers, 2, heads]: the rise of the LM loss (nats a token) if one layer keeps n = 1 … heads key (value) heads.
 
-    Every second block makes the groups and the fusion, the others measure the loss: measured on the text it was fitted
-    to, sharing looks cheaper than it is, values most. Single rises add up to less than all layers cost together, by
-    another factor for keys than for values; so they are scaled to the rise measured with n heads in every layer at once.
-    Forced never to rise with n.
+    Every second block makes the groups and the fusion, the others measure: measured on the text it was fitted to, sharing
+    looks cheaper than it is, values most. Two estimates are averaged, the rise of the loss itself, which is noisy, and
+    the divergence from the source's predictions, which would be the same if the source were always right. Single rises
+    add up to less than all layers cost together, by another factor for keys than for values; so each estimate is scaled
+    to the rise of the loss with n heads in every layer at once. Forced never to rise with n.
 
     Raises ValueError with fewer than two blocks.
     """
@@ -99,21 +101,38 @@ def loss_rises(model, blocks, method="spectral"):
     layers = spectral_layers(model, fitted) if method == "spectral" else None
     partitions = group_heads(model, fitted, method, layers)
     heads = model.config.num_key_value_heads
-    inputs, base = layer_inputs(model, held_out), token_losses(model, held_out).mean()
-    rises, together = torch.zeros(len(partitions), 2, heads), torch.zeros(2, heads)
+    inputs, reference = layer_inputs(model, held_out), list(log_probabilities(model, held_out))
+    rises, together = torch.zeros(2, len(partitions), 2, heads), torch.zeros(2, heads)
     alone = [[head] for head in range(heads)]
-    with tqdm(total=rises[..., 1:].numel(), desc="measuring losses", leave=False) as steps:
+    with tqdm(total=rises[0, ..., 1:].numel(), desc="measuring losses", leave=False) as steps:
         for kind, n in product(range(2), range(1, heads)):
             for index in range(len(partitions)):
                 groups = partitions[index][kind][n - 1][1]
                 with fused_in_place(model, index, *((groups, alone) if kind == 0 else (alone, groups)), layers):
-                    rises[index, kind, n - 1] = token_losses(model, held_out, index, inputs[index]).mean() - base
+                    predictions = log_probabilities(model, held_out, index, inputs[index])
+                    rises[:, index, kind, n - 1] = rise_and_divergence(predictions, reference, held_out)
                 steps.update()
             counts = [[n, heads] if kind == 0 else [heads, n]] * len(partitions)
             fused = fuse(model, plan_of_counts(partitions, counts), method=method, layers=layers)
-            together[kind, n - 1] = token_losses(fused, held_out).mean() - base
+            together[kind, n - 1] = rise_and_divergence(log_probabilities(fused, held_out), reference, held_out)[0]
     rises = monotone(rises)
-    return monotone(rises * (together / rises.sum(0).clamp(min=1e-6)).clamp(min=0))
+    scale = together / rises.sum(1, keepdim=True).clamp(min=1e-6)
+    return monotone((rises * scale.clamp(min=0)).mean(0))
+
+
+def rise_and_divergence(predictions, reference, blocks):
+    """The rise of the LM loss over the `reference`, and the KL divergence from it, nats a token: [2].
+
+    Both are `log_probabilities` of `blocks`.
+    """
+    rows = [
+        [
+            (true_losses(new, block) - true_losses(old, block)).mean(),
+            kl_div(new, old, reduction="batchmean", log_target=True),
+        ]
+        for new, old, block in zip(predictions, reference, blocks)
+    ]
+    return torch.tensor(rows).mean(0)
 
 
 @contextmanager

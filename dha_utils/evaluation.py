@@ -3,26 +3,34 @@
 import time
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import nll_loss
+
+
+def token_losses(model, blocks):
+    """LM loss in nats of every token but the first of each block: [blocks, length − 1]."""
+    predictions = log_probabilities(model, blocks)
+    return torch.stack([true_losses(prediction, block) for prediction, block in zip(predictions, blocks)])
+
+
+def true_losses(prediction, block):
+    """LM loss in nats of the tokens of one block [length] under its `log_probabilities`: [length − 1]."""
+    return nll_loss(prediction, block[1:].to(prediction.device), reduction="none")
 
 
 @torch.no_grad()
-def token_losses(model, blocks, first_layer=0, hidden_states=None):
-    """LM loss in nats of every token but the first of each block: [blocks, length − 1].
+def log_probabilities(model, blocks, first_layer=0, hidden_states=None):
+    """Yields, block by block, the log-probabilities of the tokens after the first: [length − 1, vocabulary].
 
     With `hidden_states` [blocks, length, hidden], what enters layer `first_layer`, the model runs from there on.
     """
     layers = model.model.layers
     model.model.layers = layers[first_layer:]
-    losses = []
     try:
         for index, block in enumerate(blocks.to(model.device)):
             inputs = {"input_ids": block[None]} if hidden_states is None else {"inputs_embeds": hidden_states[[index]]}
-            logits = model(**inputs, use_cache=False).logits[0, :-1]
-            losses.append(cross_entropy(logits.float(), block[1:], reduction="none"))
+            yield model(**inputs, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     finally:
         model.model.layers = layers
-    return torch.stack(losses)
 
 
 def perplexity(model, blocks):

@@ -8,13 +8,12 @@ within a group together; once they agree, all query heads of the group use one h
 
 import copy
 import logging
-import math
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .evaluation import token_losses
+from .evaluation import perplexity
 from .fusion import FusedLayer, assemble, check_plan, head_map, query_heads, weights_by_name
 from .statistics import with_bias
 from .training import train
@@ -212,5 +211,5 @@ class _StopWhenFused(TrainerCallback):
             control.should_evaluate = self.validation is not None
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        loss = token_losses(collapse(model, self.plan), self.validation).mean()
-        state.log_history.append({"step": state.global_step, "collapsed_perplexity": math.exp(min(loss, 700))})
+        collapsed = perplexity(collapse(model, self.plan), self.validation)
+        state.log_history.append({"step": state.global_step, "collapsed_perplexity": collapsed})

@@ -130,7 +130,7 @@ def compression_chart(table, trained, bytes_per_token, title):
         axis.plot(table.index * 100, table[column], marker=marker, linestyle=style, label=f"{column}, untrained")
     for (name, row), marker, color in zip(trained.iterrows(), "*PXhd", COLORS[4:]):
         label = f"{name}, after {row['tokens'] / 1e3:.0f} k tokens"
-        axis.scatter(row["budget"] * 100, row["perplexity"], marker=marker, s=130, color=color, zorder=3, label=label)
+        axis.scatter(row["budget"] * 100, row["perplexity"], 90, color, marker, edgecolor="black", zorder=3, label=label)
     axis.set(
         title=title,
         xlabel="head budget: key and value heads kept (% of the source's)",

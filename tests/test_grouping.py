@@ -19,7 +19,7 @@ from dha_utils.allocation import (
     price_table,
     read_prices,
 )
-from dha_utils.evaluation import token_losses
+from dha_utils.evaluation import log_probabilities, token_losses
 from dha_utils.fusion import spectral_layers
 from dha_utils.grouping import _agglomerate, best_partitions, pairwise_cost
 
@@ -96,10 +96,11 @@ def test_running_from_a_layer_on_is_running_the_whole_model(mha, blocks):
     layers = spectral_layers(mha, blocks)
     partitions = group_heads(mha, blocks, layers=layers)
     apart = [[[0], [1], [2], [3]]] * 3
-    whole = token_losses(fuse(mha, HeadPlan(apart[:2] + [partitions[2][0][0][1]], apart), layers=layers), blocks)
+    fused = fuse(mha, HeadPlan(apart[:2] + [partitions[2][0][0][1]], apart), layers=layers)
+    whole = torch.stack(list(log_probabilities(fused, blocks)))
     before = mha.model.layers[2].self_attn
     with fused_in_place(mha, 2, partitions[2][0][0][1], apart[0], layers):
-        part = token_losses(mha, blocks, 2, layer_inputs(mha, blocks)[2])
+        part = torch.stack(list(log_probabilities(mha, blocks, 2, layer_inputs(mha, blocks)[2])))
     assert torch.allclose(part, whole, atol=1e-4)
     assert mha.model.layers[2].self_attn is before
 

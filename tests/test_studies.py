@@ -1,0 +1,74 @@
+"""Verdicts computed from rows whose answer is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dha_utils.studies import gains, heads_by_layer, interval, paper_verdicts, token_savings, verdict
+
+# perplexity after 100, 300 and 3,000 tokens
+CURVES = {
+    "GQA": (200, 150, 110),
+    "GQA, groups by CKA": (201, 151, 110.5),
+    "DHA layout, mean-pooled neighbours": (180, 140, 108),
+    "DHA without adaptive allocation": (160, 115, 106),
+    "DHA without learned fusion": (150, 120, 107),
+    "DHA": (140, 108, 101),
+    "source": (95, 97, 100),
+}
+
+
+@pytest.fixture
+def rows():
+    table = []
+    for method, curve in CURVES.items():
+        for tokens, perplexity in zip((100, 300, 3000), curve):
+            for seed in range(3):
+                noise = 1 + 0.001 * np.random.default_rng([seed, tokens, len(method)]).standard_normal()
+                share = 1.0 if method == "source" else 0.25
+                row = {"method": method, "budget": share, "tokens": tokens, "seed": seed, "perplexity": perplexity * noise}
+                table.append(row | {"heads_by_layer": "3+1 4+2 2+1 2+1" if method != "source" else ""})
+    return pd.DataFrame(table)
+
+
+def test_every_claim_gets_its_verdict(rows):
+    table = paper_verdicts(rows, 0.25, 3000, 300)
+    assert (table["here"] == "holds").all(), table
+    assert table.loc["97.6 % of the source's quality", "mean"] == pytest.approx(99, abs=0.3)
+    assert table.loc["adaptive allocation matters", "mean"] == pytest.approx(100 * np.log(106 / 101), abs=0.3)
+    assert (table["seeds"] == 3).all()
+
+    rows.loc[rows["method"] == "DHA", "perplexity"] *= 1.2
+    rows["heads_by_layer"] = rows["heads_by_layer"].replace("3+1 4+2 2+1 2+1", "1+2 1+2 2+3 2+3")
+    worse = paper_verdicts(rows, 0.25, 3000, 300)["here"]
+    assert (worse == "does not hold").sum() == 6, worse
+    assert worse["the layout alone beats GQA"] == worse["groups by CKA gain GQA nothing"] == "holds"
+
+
+def test_a_wide_interval_decides_nothing(rows):
+    noisy = rows["method"].eq("DHA") & rows["seed"].eq(0)
+    rows.loc[noisy, "perplexity"] *= 1.3
+    table = paper_verdicts(rows, 0.25, 3000, 300)
+    assert table.loc["learned fusion matters", "here"] == "cannot be told"
+    one = paper_verdicts(rows[rows["seed"] == 1], 0.25, 3000, 300)
+    assert (one["here"] == "cannot be told").all()
+
+
+def test_savings_are_read_off_the_line(rows):
+    rows["perplexity"] = [
+        CURVES[method][(100, 300, 3000).index(tokens)] for method, tokens in zip(rows["method"], rows["tokens"])
+    ]
+    assert token_savings(rows, "DHA", "GQA", 0.25, 300).tolist() == pytest.approx([10.0] * 3)  # a lower bound: 108 < 110
+    halfway = np.exp(np.interp(np.log(140), np.log([110, 150]), np.log([3000, 300])))
+    assert token_savings(rows, "DHA", "GQA", 0.25, 100)[0] == pytest.approx(halfway / 100)
+    assert gains(rows, "DHA", "GQA", 0.25, 100)[2] == pytest.approx(np.log(200 / 140))
+    assert heads_by_layer(rows, "DHA", 0.25).shape == (9, 4, 2)
+
+
+def test_interval_is_students():
+    mean, low, high = interval([1, 2, 3])
+    assert (
+        mean == 2 and high - mean == pytest.approx(4.3027 / 3**0.5, rel=1e-4) and mean - low == pytest.approx(high - mean)
+    )
+    assert interval([2, 2, 2]) == (2, 2, 2)
+    assert verdict(1, 2) == "holds" and verdict(-2, -1) == "does not hold" and verdict(-1, 1) == "cannot be told"

@@ -7,7 +7,6 @@ text is least. The cache holds r numbers a token instead of 2 · heads · head_d
 
 import copy
 
-import numpy as np
 import torch
 
 from dha_utils.spectral import matrix_sqrt
@@ -35,7 +34,7 @@ def allocated_ranks(layers, ranks):
     shares = torch.stack([s.square() / s.square().sum() for _, s in layers])
     kept = torch.zeros(shares.numel(), dtype=torch.bool)
     kept[shares.flatten().topk(sum(ranks)).indices] = True
-    return np.maximum(kept.view_as(shares).sum(1).tolist(), 1).tolist()
+    return kept.view_as(shares).sum(1).clamp(min=1).tolist()
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Perplexity after fusion without any training, over budgets, methods and calibration draws.
+"""Perplexity after fusion without any training, over budgets, methods and calibration draws, beside low-rank caches.
 
     python benchmarks/training_free.py                       # smollm2-135m, into results/training_free_smollm2-135m.csv
     python benchmarks/training_free.py --model wiki-mha --length 256 --budgets 0.75 0.5 0.25 0.125
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from low_rank import allocated_ranks, low_rank_model, uniform_ranks, whitened_svd
 from tqdm import tqdm
 
 from dha_utils import fuse, load_checkpoint, load_text, perplexity, token_blocks
@@ -67,6 +68,16 @@ def methods(source, calibration):
         standard = [replace(layer, free_frequencies=False) for layer in layers()]
         return fuse(source, uniform_plan(source.config, heads), layers=standard)
 
+    @cache
+    def svd():
+        return whitened_svd(source, calibration)
+
+    def low_rank(ranks_of, heads):
+        return low_rank_model(source, svd(), ranks_of(heads))
+
+    def uniform(heads):
+        return uniform_ranks(source, heads / heads_for_budget(source.config, 1))
+
     def allocated(allocation, heads):
         return fuse(source, plan_of_counts(partitions(), knapsack(prices(allocation), heads)), layers=layers())
 
@@ -76,7 +87,15 @@ def methods(source, calibration):
         ("spectral", "uniform"): lambda heads: fuse(source, uniform_plan(source.config, heads), layers=layers()),
         ("spectral", "cost"): partial(allocated, "cost"),
         ("spectral", "loss"): partial(allocated, "loss"),
+        ("low rank", "uniform"): partial(low_rank, uniform),
+        ("low rank", "cost"): partial(low_rank, lambda heads: allocated_ranks(svd(), uniform(heads))),
     }
+
+
+def head_counts(model):
+    """What a row says of the plan; a low-rank model has none."""
+    counts = getattr(model.config, "head_counts", list)()
+    return {f"{kind}_heads": sum(count[i] for count in counts) or None for i, kind in enumerate(("key", "value"))}
 
 
 def markdown_table(path):
@@ -121,7 +140,6 @@ def main():
             start = time.perf_counter()
             model = make(heads_for_budget(source.config, budget))
             seconds = time.perf_counter() - start
-            counts = model.config.head_counts()
             result = perplexity(model, validation)
             rows.append(
                 {
@@ -130,8 +148,7 @@ def main():
                     "allocation": allocation,
                     "budget": budget,
                     "seed": seed,
-                    "key_heads": sum(keys for keys, _ in counts),
-                    "value_heads": sum(values for _, values in counts),
+                    **head_counts(model),
                     "perplexity": result,
                     "base_perplexity": base,
                     "ratio": result / base,

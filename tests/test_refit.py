@@ -1,0 +1,63 @@
+"""The refit lowers the error of each layer on text it has not seen, or leaves the layer alone."""
+
+import pytest
+import torch
+from conftest import logits
+
+from dha_utils import HeadPlan, fuse, plant_redundancy
+from dha_utils.refit import attention_output, each_block, refit
+
+
+def plan_for(model):
+    return HeadPlan.uniform(model.config, max(1, model.config.num_key_value_heads // 2), 1)
+
+
+def test_refit_brings_the_fused_model_nearer_to_its_source(model):
+    blocks = torch.randint(0, 96, (64, 32), generator=torch.Generator().manual_seed(3))
+    fused = fuse(model, plan_for(model), blocks)
+    before = [parameter.clone() for parameter in fused.parameters()]
+    refitted, errors = refit(fused, model, blocks, epochs=8)
+    assert errors["kept"].all() and (errors["after"] < errors["before"]).all()
+    unseen = torch.randint(0, 96, (8, 32), generator=torch.Generator().manual_seed(4))
+    target = logits(model, unseen)
+    assert (logits(refitted, unseen) - target).square().mean() < (logits(fused, unseen) - target).square().mean()
+    assert all(torch.equal(a, b) for a, b in zip(before, fused.parameters()))
+    moved = {name for name, weight in refitted.state_dict().items() if not torch.equal(weight, fused.state_dict()[name])}
+    assert moved and all(".self_attn." in name for name in moved)
+
+
+def test_a_layer_whose_error_does_not_fall_is_left_alone(mha, blocks):
+    fused = fuse(mha, plan_for(mha), blocks)
+    refitted, errors = refit(fused, mha, blocks, epochs=2, learning_rate=30.0)
+    assert not errors["kept"].any() and (errors["after"] == errors["before"]).all()
+    assert all(torch.equal(a, b) for a, b in zip(fused.parameters(), refitted.parameters()))
+
+
+def test_a_lossless_fusion_stays_lossless(gqa, blocks):
+    planted = plant_redundancy(gqa)
+    heads = planted.config.num_attention_heads
+    groups = [[list(range(i, i + 2)) for i in range(0, heads, 2)]] * 3
+    fused = fuse(planted, HeadPlan(groups, groups), blocks)
+    refitted, errors = refit(fused, planted, blocks)
+    assert (errors["after"] <= errors["before"]).all()
+    assert (logits(refitted, blocks) - logits(planted, blocks)).abs().max() < 1e-3
+
+
+def test_states_are_those_of_the_model(mha, blocks):
+    with torch.no_grad():
+        expected = mha.model(blocks, output_hidden_states=True).hidden_states
+        states = mha.model.embed_tokens(blocks)
+        turns = mha.model.rotary_emb(states, torch.arange(32)[None])
+    for index, layer in enumerate(mha.model.layers):
+        assert (states - expected[index]).abs().max() < 1e-4
+        captured = []
+        hook = layer.self_attn.register_forward_hook(lambda module, args, output, kept=captured: kept.append(output[0]))
+        states = each_block(lambda x, layer=layer: layer(x, position_embeddings=turns), states)
+        hook.remove()
+        before = each_block(lambda x, layer=layer: attention_output(layer, x, turns), expected[index])
+        assert (torch.cat(captured) - before).abs().max() < 1e-4
+
+
+def test_too_little_text_is_refused(mha, blocks):
+    with pytest.raises(ValueError, match="at least 4 calibration blocks"):
+        refit(fuse(mha, plan_for(mha), method="mean"), mha, blocks[:3])

@@ -117,7 +117,6 @@ def dha(study, budget, tokens, seed, folder, groups="search", allocation="knapsa
         plan,
         study.training,
         int(FUSION_SHARE * tokens) // step * step,
-        multiplier_learning_rate=1.0,
         tokens_per_step=step,
         seed=seed,
         output_dir=folder / "fusion",

@@ -105,7 +105,6 @@ def test_learning_draws_the_rows_together_and_stops(mha, blocks, tmp_path, hinge
         blocks,
         64 * 400,
         hinge=hinge,
-        multiplier_learning_rate=1.0,
         tokens_per_step=64,
         validation=blocks,
         output_dir=tmp_path,

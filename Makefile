@@ -13,11 +13,14 @@ DIR := runs/$(RUN)
 NOTEBOOKS := 01_head_redundancy 02_head_clusters 03_head_fusion 04_continued_pretraining 05_compression_vs_perplexity
 LENGTH := 256
 PARAMETERS = -p model $(MODEL) -p text $(TEXT) -p budget $(BUDGET) -p run_dir $(DIR) -p length $(LENGTH)
-# wiki-mha is small enough for the notebooks' own defaults; anything else gets longer blocks and fewer training tokens
+# wiki-mha is small enough for the notebooks' own defaults; anything else gets longer blocks and fewer of all that takes time
 ifneq ($(MODEL),wiki-mha)
 LENGTH := 512
 PARAMETERS += -p calibration_blocks 8 -p validation_blocks 8
-TRAINING = -p tokens 8192
+SEARCH := -p search_steps 12
+LEARNING := -p fusion_tokens 8192
+TRAINING := -p tokens 6144 -p evaluations 3
+CHART := -y "budgets: [1.0, 0.67, 0.5, 0.34]"
 endif
 
 .PHONY: setup check run sweep lab test test-slow notebooks clean
@@ -50,14 +53,16 @@ endef
 $(DIR)/01_head_redundancy.ipynb: | check
 	$(call execute)
 $(DIR)/02_head_clusters.ipynb: $(DIR)/01_head_redundancy.ipynb
-	$(call execute)
+	$(call execute,$(SEARCH))
+	rm -rf $(DIR)/search
 $(DIR)/03_head_fusion.ipynb: $(DIR)/02_head_clusters.ipynb
-	$(call execute)
+	$(call execute,$(LEARNING))
+	rm -rf $(DIR)/fusion $(DIR)/control
 $(DIR)/04_continued_pretraining.ipynb: $(DIR)/03_head_fusion.ipynb
 	$(call execute,$(TRAINING))
 	rm -rf $(DIR)/training
 $(DIR)/05_compression_vs_perplexity.ipynb: $(DIR)/04_continued_pretraining.ipynb
-	$(call execute)
+	$(call execute,$(CHART))
 
 # The papermill batch: one run folder a budget
 sweep:

@@ -1,6 +1,6 @@
 """Train `wiki-mha`, the small multi-head LLaMA of this repository, on the train split of the bundled Wikipedia text.
 
-    python data/train_wiki_mha.py                     # about 80 minutes on one core; run again to resume
+    python data/train_wiki_mha.py                     # about 90 minutes on one core; run again to resume
     python data/train_wiki_mha.py --steps 20 --out runs/try --work-dir runs/try-work
 
 The tokenizer sees the train split only. Checkpoints are chosen on the calibration split, so that the validation split
@@ -35,12 +35,12 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "wiki-mha", help="where model, tokenizer and log go")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/train-wiki-mha"), help="checkpoints, to resume")
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--length", type=int, default=256, help="tokens a block")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.3)
-    parser.add_argument("--dropout", type=float, default=0.15, help="after embedding, attention and MLP")
+    parser.add_argument("--weight-decay", type=float, default=0.5)
+    parser.add_argument("--dropout", type=float, default=0.2, help="after embedding, attention and MLP")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -149,9 +149,10 @@ def score_maps(history, layer, title):
     """How far ω rows of query heads are apart (`search_scores`) in one layer: a column per step kept, keys above values."""
     figure, axes = plt.subplots(2, len(history), figsize=(2.4 * len(history) + 1, 5.2), squeeze=False, layout="constrained")
     for row, kind in zip(axes, ("key", "value")):
-        top = max(float(scores[kind][layer].max()) for scores in history.values())
-        for axis, (step, scores) in zip(row, history.items()):
-            image = axis.imshow(scores[kind][layer], vmin=0, vmax=top, cmap=SHEET)
+        apart = {step: np.where(np.eye(len(s[kind][layer])), np.nan, s[kind][layer]) for step, s in history.items()}
+        bottom, top = (bound(list(apart.values())) for bound in (np.nanmin, np.nanmax))
+        for axis, (step, matrix) in zip(row, apart.items()):
+            image = axis.imshow(matrix, vmin=bottom, vmax=top, cmap=SHEET)
             axis.set(title=f"{kind}s, step {step}", xlabel="query head", ylabel="query head")
             axis.grid(False)
         figure.colorbar(image, ax=row, label="squared distance")
@@ -175,7 +176,7 @@ def fusion_curves(log, title):
     for axis in axes:
         axis.set_xlabel("training tokens (thousands)")
     axes[0].legend()
-    axes[2].legend()
+    axes[2].legend(loc="center right")
     figure.suptitle(title)
     return figure
 

@@ -75,6 +75,7 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(QUIET) $(BIN)/pytest
+	rm -rf runs/tutorial
 	$(QUIET) $(BIN)/pytest --nbval notebooks
 
 # Execute the committed notebooks again, in place (no bars in their outputs)

@@ -190,7 +190,8 @@ def omega_optimizer(model, learning_rate, omega_learning_rate, multiplier_learni
     groups = [
         {"params": list(parameters.values()), "lr": learning_rate},
         {"params": omega, "lr": omega_learning_rate},
-        {"params": multiplier, "lr": multiplier_learning_rate, "maximize": True},
+        # quick to forget the large violations of the start, or the small ones of the end would not raise it any more
+        {"params": multiplier, "lr": multiplier_learning_rate, "maximize": True, "betas": (0.9, 0.9)},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
 

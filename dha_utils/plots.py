@@ -130,7 +130,8 @@ def compression_chart(table, trained, bytes_per_token, title):
         axis.plot(table.index * 100, table[column], marker=marker, linestyle=style, label=f"{column}, untrained")
     for (name, row), marker, color in zip(trained.iterrows(), "*PXhd", COLORS[4:]):
         label = f"{name}, after {row['tokens'] / 1e3:.0f} k tokens"
-        axis.scatter(row["budget"] * 100, row["perplexity"], 90, color, marker, edgecolor="black", zorder=3, label=label)
+        shape = {"s": 90, "color": color, "marker": marker, "edgecolor": "black", "zorder": 3}
+        axis.scatter(row["budget"] * 100, row["perplexity"], label=label, **shape)
     axis.set(
         title=title,
         xlabel="head budget: key and value heads kept (% of the source's)",

@@ -14,7 +14,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from dha_utils import (
@@ -28,11 +27,19 @@ from dha_utils import (
     pretrain,
     token_blocks,
 )
-from dha_utils.allocation import heads_for_budget, knapsack, partition_costs, plan_of_counts, uniform_counts, uniform_plan
+from dha_utils.allocation import (
+    heads_for_budget,
+    knapsack,
+    neighbours_plan,
+    partition_costs,
+    plan_of_counts,
+    uniform_counts,
+    uniform_plan,
+)
 from dha_utils.evaluation import scored_tokens
 from dha_utils.grouping import pairwise_cost
 from dha_utils.linear import learn_fusion
-from dha_utils.runs import ROOT, append_rows, read_rows
+from dha_utils.runs import ROOT, append_rows, has_row
 from dha_utils.search import anneal, score_partitions, search_scores
 from dha_utils.training import training_log
 
@@ -107,8 +114,7 @@ def dha(study, budget, tokens, seed, folder, groups="search", allocation="knapsa
     plan = plan_of_counts(partitions, counts)
     used = steps * study.length
     if groups == "neighbours":
-        plans = [HeadPlan.uniform(config, *count) for count in counts]
-        plan = HeadPlan([p.key_groups[0] for p in plans], [p.value_groups[0] for p in plans])
+        plan = neighbours_plan(config, counts)
     if fusion == "mean":
         return fuse(study.source, plan, method="mean"), used
     step = fusion_step(tokens, study.length)
@@ -203,8 +209,7 @@ def main():
     out = arguments.out or HERE / "results" / f"paper_claims_{Path(arguments.model).name}.csv"
     study = Study(arguments)
     for run in planned_runs(arguments):
-        done = read_rows(out)
-        if len(done) and (done[list(run)] == pd.Series(run)).all(axis=1).any():
+        if has_row(out, run):
             continue
         append_rows(out, [measure(study, run)])
         print(f"{run['method']}, budget {run['budget']:.0%}, {run['tokens']:,} tokens, seed {run['seed']}", flush=True)

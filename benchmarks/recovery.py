@@ -11,12 +11,10 @@ import argparse
 import time
 from pathlib import Path
 
-import pandas as pd
-
 from dha_utils import fuse, load_checkpoint, load_text, plan_heads, pretrain, token_blocks
 from dha_utils.allocation import heads_for_budget, uniform_plan
 from dha_utils.evaluation import scored_tokens
-from dha_utils.runs import ROOT, write_whole
+from dha_utils.runs import ROOT, append_rows, has_row
 from dha_utils.training import training_log
 
 HERE = Path(__file__).parent
@@ -68,10 +66,9 @@ def main():
             ("train", None),
         )
     )
-    done = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=["start", "loss", "budget", "seed", "total_tokens"])
     models = {}
     for run in planned_runs(arguments):
-        if (done[list(run)] == pd.Series(run)).all(axis=1).any():
+        if has_row(out, run):
             continue
         start = run["start"]
         if start not in models:
@@ -99,8 +96,7 @@ def main():
                 seconds=round(time.perf_counter() - begin),
             )
         )
-        done = pd.concat([done, rows]) if len(done) else rows
-        write_whole(out, done.to_csv(index=False))
+        append_rows(out, rows)
 
 
 if __name__ == "__main__":

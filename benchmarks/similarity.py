@@ -64,14 +64,13 @@ def measured_rises(model, fitted, held_out):
     layers = spectral_layers(model, fitted)
     inputs, base = layer_inputs(model, held_out), token_losses(model, held_out).mean(1)
     heads = model.config.num_key_value_heads
-    alone = [[head] for head in range(heads)]
     pairs = list(combinations(range(heads), 2))
     rises = {}
     for index in tqdm(range(len(layers)), "layers"):
         for kind in ("key", "value"):
             for i, j in pairs:
                 groups = [[i, j], *([head] for head in range(heads) if head not in (i, j))]
-                with fused_in_place(model, index, *((groups, alone) if kind == "key" else (alone, groups)), layers):
+                with fused_in_place(model, index, kind, groups, layers):
                     predictions = log_probabilities(model, held_out, index, inputs[index])
                     losses = [true_losses(prediction, block).mean() for prediction, block in zip(predictions, held_out)]
                 rise = torch.stack(losses) - base

@@ -103,12 +103,11 @@ def loss_rises(model, blocks, method="spectral"):
     heads = model.config.num_key_value_heads
     inputs, reference = layer_inputs(model, held_out), list(log_probabilities(model, held_out))
     rises, together = torch.zeros(2, len(partitions), 2, heads), torch.zeros(2, heads)
-    alone = [[head] for head in range(heads)]
     with tqdm(total=rises[0, ..., 1:].numel(), desc="measuring losses", leave=False) as steps:
         for kind, n in product(range(2), range(1, heads)):
             for index in range(len(partitions)):
                 groups = partitions[index][kind][n - 1][1]
-                with fused_in_place(model, index, *((groups, alone) if kind == 0 else (alone, groups)), layers):
+                with fused_in_place(model, index, KINDS[kind], groups, layers):
                     predictions = log_probabilities(model, held_out, index, inputs[index])
                     rises[:, index, kind, n - 1] = rise_and_divergence(predictions, reference, held_out)
                 steps.update()
@@ -136,14 +135,16 @@ def rise_and_divergence(predictions, reference, blocks):
 
 
 @contextmanager
-def fused_in_place(model, index, key_groups, value_groups, layers=None):
-    """Layer `index` of the source `model` shares heads by these groups for the time of a `with` block.
+def fused_in_place(model, index, kind, groups, layers=None):
+    """Layer `index` of the source `model` shares its "key" or "value" heads by `groups`, for the time of a `with` block.
 
     `layers`: what `spectral_layers` gives; without it the heads are mean-pooled.
     """
     layer = model.model.layers[index]
     attention = layer.self_attn
-    fused = fuse_layer(attention, key_groups, value_groups, layers[index] if layers else None)
+    alone = [[head] for head in range(model.config.num_key_value_heads)]
+    pair = (groups, alone) if kind == "key" else (alone, groups)
+    fused = fuse_layer(attention, *pair, layers[index] if layers else None)
     layer.self_attn = fused_attention(model.config, fused)
     try:
         yield
@@ -175,7 +176,12 @@ def uniform_counts(config, heads):
 
 def uniform_plan(config, heads):
     """GQA's way: `heads` key and value heads in all, as `uniform_counts` spreads them, in contiguous groups."""
-    plans = [HeadPlan.uniform(config, *count) for count in uniform_counts(config, heads)]
+    return neighbours_plan(config, uniform_counts(config, heads))
+
+
+def neighbours_plan(config, counts):
+    """Contiguous groups of nearly equal size, counts[layer] = (key heads, value heads) of them."""
+    plans = [HeadPlan.uniform(config, *count) for count in counts]
     return HeadPlan([plan.key_groups[0] for plan in plans], [plan.value_groups[0] for plan in plans])
 
 

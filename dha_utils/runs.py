@@ -62,6 +62,12 @@ def read_rows(path):
     return pd.read_csv(path) if Path(path).exists() else pd.DataFrame()
 
 
+def has_row(path, values):
+    """Whether a CSV has a row with these values, {column: value}."""
+    rows = read_rows(path)
+    return len(rows) > 0 and bool((rows[list(values)] == pd.Series(values)).all(axis=1).any())
+
+
 def append_rows(path, rows):
     """Add `rows` (dictionaries) to a CSV to which other processes may be adding theirs."""
     with FileLock(f"{path}.lock"):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from .allocation import check_total
+from .fusion import query_heads
 from .grouping import best_partitions
 from .linear import omega_optimizer, omegas, paper_schedule, with_omega
 from .training import train
@@ -40,20 +41,20 @@ def search_scores(
     `output_dir` gets the scores as safetensors, the log, and checkpoints from which the same call resumes.
     """
     mixed = with_omega(model, per_dimension=per_dimension)
+    saver = _SaveScores(Path(output_dir), steps, snapshots)
     train(
         mixed,
         blocks,
         steps * tokens_per_step,
         optimizer=omega_optimizer(mixed, learning_rate, omega_learning_rate),
-        callbacks=[_SaveScores(Path(output_dir), steps, snapshots)],
+        callbacks=[saver],
         tokens_per_step=tokens_per_step,
         seed=seed,
         evaluations=snapshots,
         output_dir=output_dir,
         **paper_schedule(learning_rate),
     )
-    files = sorted(Path(output_dir).glob("scores-*.safetensors"))
-    return {int(file.stem.split("-")[1]): load_file(file) for file in files}
+    return {step: load_file(saver.path(step)) for step in range(0, steps + 1, saver.every)}
 
 
 @torch.no_grad()
@@ -72,6 +73,9 @@ class _SaveScores(TrainerCallback):
     def __init__(self, folder, steps, snapshots):
         self.folder, self.every = folder, max(1, steps // snapshots)
 
+    def path(self, step):
+        return self.folder / f"scores-{step:05d}.safetensors"
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.on_step_end(args, state, control, model)
@@ -80,7 +84,7 @@ class _SaveScores(TrainerCallback):
         if state.global_step % self.every == 0:
             partial = self.folder / ".scores.partial"
             save_file(omega_scores(model), partial)
-            partial.replace(self.folder / f"scores-{state.global_step:05d}.safetensors")
+            partial.replace(self.path(state.global_step))
 
 
 def score_partitions(scores, heads, grouping="annealing", seed=0):
@@ -106,7 +110,7 @@ def fusion_cost(matrix, heads):
     queries = len(matrix) // heads
 
     def cost(group):
-        rows = [head * queries + i for head in group for i in range(queries)]
+        rows = query_heads(group, queries)
         return float(matrix[np.ix_(rows, rows)].sum() / 2 / len(rows))
 
     return cost

@@ -59,7 +59,8 @@ def train(
             "number of blocks, and the tokens at least one step"
         )
     steps = tokens // tokens_per_step
-    settings = [tokens, tokens_per_step, seed, evaluations, *settings, arguments]
+    rates = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] if optimizer else []
+    settings = [rates, tokens, tokens_per_step, seed, evaluations, *settings, arguments]
     checkpoints = Path(output_dir) / _fingerprint(model, blocks, settings)
     every = max(1, steps // evaluations)
     set_seed(seed)

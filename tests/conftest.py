@@ -1,5 +1,7 @@
 """Tiny random LLaMA models: every shape that the oracles of the design ask for."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -49,3 +51,23 @@ def blocks():
 @torch.no_grad()
 def logits(model, blocks):
     return model(blocks).logits
+
+
+@contextmanager
+def killed_at_forward(model, count):
+    """The block under `with` must die, as by a kill, when `model` (or a copy of it) runs forward for the count-th time."""
+
+    class Killed(Exception):
+        pass
+
+    calls = []
+
+    def kill(*_):
+        calls.append(1)
+        if len(calls) == count:
+            raise Killed
+
+    hook = model.model.layers[0].register_forward_pre_hook(kill)
+    with pytest.raises(Killed):
+        yield
+    hook.remove()

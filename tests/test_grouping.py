@@ -99,7 +99,7 @@ def test_running_from_a_layer_on_is_running_the_whole_model(mha, blocks):
     fused = fuse(mha, HeadPlan(apart[:2] + [partitions[2][0][0][1]], apart), layers=layers)
     whole = torch.stack(list(log_probabilities(fused, blocks)))
     before = mha.model.layers[2].self_attn
-    with fused_in_place(mha, 2, partitions[2][0][0][1], apart[0], layers):
+    with fused_in_place(mha, 2, "key", partitions[2][0][0][1], layers):
         part = torch.stack(list(log_probabilities(mha, blocks, 2, layer_inputs(mha, blocks)[2])))
     assert torch.allclose(part, whole, atol=1e-4)
     assert mha.model.layers[2].self_attn is before

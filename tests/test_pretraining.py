@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import logits
+from conftest import killed_at_forward, logits
 
 from dha_utils import HeadPlan, fuse, pretrain
 from dha_utils.evaluation import perplexity, scored_tokens, token_losses
@@ -60,20 +60,8 @@ def test_interrupted_training_ends_where_a_whole_run_does(mha, fused, blocks, tm
     whole = run(tmp_path / "whole")
     [kept] = (tmp_path / "whole").glob("*/checkpoint-10")
     assert (kept / "model.safetensors").is_file()
-
-    class Killed(Exception):
-        pass
-
-    def kill(*_):
-        calls.append(1)
-        if len(calls) == 6:
-            raise Killed
-
-    calls = []
-    hook = fused.model.layers[0].register_forward_pre_hook(kill)
-    with pytest.raises(Killed):
+    with killed_at_forward(fused, 6):
         run(tmp_path / "cut")
-    hook.remove()
     resumed = run(tmp_path / "cut")
     assert not changed(whole, resumed)
 

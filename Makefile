@@ -18,8 +18,8 @@ ifneq ($(MODEL),wiki-mha)
 LENGTH := 512
 PARAMETERS += -p calibration_blocks 8 -p validation_blocks 8
 SEARCH := -p search_steps 12
-LEARNING := -p fusion_tokens 8192
-TRAINING := -p tokens 6144 -p evaluations 3
+LEARNING := -p fusion_tokens 6144
+TRAINING := -p tokens 6144 -p evaluations 2
 CHART := -y "budgets: [1.0, 0.67, 0.5, 0.34]"
 endif
 

@@ -14,8 +14,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from dha_utils import (
     HeadPlan,
     fuse,
@@ -41,6 +39,7 @@ from dha_utils.grouping import pairwise_cost
 from dha_utils.linear import learn_fusion
 from dha_utils.runs import ROOT, append_rows, has_row
 from dha_utils.search import anneal, score_partitions, search_scores
+from dha_utils.text import drawn
 from dha_utils.training import training_log
 
 HERE = Path(__file__).parent
@@ -78,11 +77,6 @@ class Study:
             )
         )
         self.calibration_blocks = arguments.calibration_blocks
-
-    def draw(self, seed):
-        """Calibration blocks drawn by the seed."""
-        chosen = torch.randperm(len(self.calibration), generator=torch.Generator().manual_seed(seed))
-        return self.calibration[chosen[: self.calibration_blocks].sort().values]
 
 
 def gqa(study, budget, tokens, seed, folder):
@@ -138,7 +132,7 @@ def fusion_step(tokens, length):
 
 def spectral(study, budget, tokens, seed, folder):
     """(g) ours: spectral fusion, heads allocated by measured loss, on calibration text drawn by the seed."""
-    calibration = study.draw(seed)
+    calibration = drawn(study.calibration, study.calibration_blocks, seed)
     return fuse(study.source, plan_heads(study.source, calibration, budget), calibration), 0
 
 

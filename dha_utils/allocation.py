@@ -13,9 +13,11 @@ from .evaluation import log_probabilities, true_losses
 from .fusion import check_method, fuse, fuse_layer, fused_attention, spectral_layers
 from .grouping import HeadPlan, best_partitions
 from .spectral import mean_cost
+from .text import drawn
 
 ALLOCATIONS = ("uniform", "cost", "loss")
 KINDS = ("key", "value")
+SENSITIVITY_TOKENS = 4096  # every layer costs forward passes over them; more move the plan little
 
 
 def plan_heads(model, blocks, budget, method="spectral", allocation="loss", seed=0, layers=None):
@@ -23,8 +25,8 @@ def plan_heads(model, blocks, budget, method="spectral", allocation="loss", seed
 
     `blocks` [blocks, length]: calibration tokens. `budget`: key and value heads to keep, as a share of the source's.
     `method` ("mean" or "spectral") says by which fusion groups are judged. `allocation`: "uniform", the same counts in
-    every layer; "cost", least sum of relative costs; "loss", least sum of measured rises of the loss (`loss_rises`), on at
-    most 16 blocks drawn by `seed`. The last two are solved exactly (`knapsack`).
+    every layer; "cost", least sum of relative costs; "loss", least sum of measured rises of the loss (`loss_rises`, its
+    text drawn by `seed`). The last two are solved exactly (`knapsack`).
 
     Raises ValueError if the budget is not in (0, 1] or below one key and one value head a layer, or a name is unknown.
     """
@@ -38,8 +40,7 @@ def plan_heads(model, blocks, budget, method="spectral", allocation="loss", seed
         if allocation == "cost":
             prices = partition_costs(partitions)
         else:
-            chosen = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:16].sort().values
-            prices = loss_rises(model, blocks[chosen], method)
+            prices = loss_rises(model, blocks, method, seed)
         counts = knapsack(prices, heads)
     return plan_of_counts(partitions, counts)
 
@@ -84,10 +85,11 @@ def partition_costs(partitions):
 
 
 @torch.no_grad()
-def loss_rises(model, blocks, method="spectral"):
+def loss_rises(model, blocks, method="spectral", seed=0):
     """[layers, 2, heads]: the rise of the LM loss (nats a token) if one layer keeps n = 1 … heads key (value) heads.
 
-    Every second block makes the groups and the fusion, the others measure: measured on the text it was fitted to, sharing
+    `blocks` [blocks, length]: calibration tokens; of more than `SENSITIVITY_TOKENS`, so many are drawn by `seed`. Every
+    second block makes the groups and the fusion, the others measure: measured on the text it was fitted to, sharing
     looks cheaper than it is, values most. Two estimates are averaged, the rise of the loss itself, which is noisy, and
     the divergence from the source's predictions, which would be the same if the source were always right. Single rises
     add up to less than all layers cost together, by another factor for keys than for values; so each estimate is scaled
@@ -97,6 +99,7 @@ def loss_rises(model, blocks, method="spectral"):
     """
     if len(blocks) < 2:
         raise ValueError("measuring losses needs at least 2 calibration blocks: one half makes the fusion, one measures it")
+    blocks = drawn(blocks, max(2, SENSITIVITY_TOKENS // blocks.shape[1]), seed)
     fitted, held_out = blocks[0::2], blocks[1::2]
     layers = spectral_layers(model, fitted) if method == "spectral" else None
     partitions = group_heads(model, fitted, method, layers)

@@ -33,7 +33,7 @@ def similarity_maps(similarity, layers, title):
     return figure
 
 
-def redundancy_lines(table, title, ylabel="mean similarity of two heads"):
+def layer_lines(table, title, ylabel="mean similarity of two heads"):
     """Lines over the layers, one per column of a pandas table."""
     figure, axis = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
     for column, marker in zip(table, "osD^v"):
@@ -200,7 +200,7 @@ def study_lines(rows, title):
     for axis, budget in zip(np.atleast_1d(axes), budgets):
         chosen, last = rows[rows["budget"].isin([budget, 1.0])], budget == budgets[-1]
         columns = {"x": "tokens", "y": "perplexity", "hue": "method", "style": "method"}
-        sns.lineplot(chosen, **columns, **style, markers=True, dashes=False, errorbar=("pi", 100), ax=axis, legend=last)
+        sns.lineplot(chosen, **columns, **style, errorbar=("pi", 100), ax=axis, legend=last)
         axis.set(title=f"{budget:.0%} of the heads", xlabel="training tokens, search included")
         axis.set(ylabel="validation perplexity (log scale)", yscale="log")
         axis.set_xscale("symlog", linthresh=chosen.loc[chosen["tokens"] > 0, "tokens"].min())

@@ -55,6 +55,11 @@ def token_blocks(tokenizer, texts, length=512, limit=None):
     return blocks[torch.arange(limit) * count // limit]
 
 
+def drawn(blocks, count, seed):
+    """`count` of the blocks (or all, if there are fewer), drawn by `seed`, in the order of the text."""
+    return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:count].sort().values]
+
+
 def _split_of(index):
     return {_VALIDATION: "validation", _CALIBRATION: "calibration"}.get(index % _EVERY, "train")
 

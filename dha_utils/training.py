@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 import pandas as pd
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from safetensors.torch import load_model
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .runs import write_whole
@@ -91,7 +92,12 @@ def train(
     )
     trainer.loss = loss
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if checkpoint and (state := TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")) and _finished(state):
+        load_model(model, f"{checkpoint}/model.safetensors")  # `Trainer` would add a step
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     log = pd.DataFrame(trainer.state.log_history).groupby("step", as_index=False).first()
     log.insert(1, "tokens", log["step"] * tokens_per_step)
     write_whole(Path(output_dir) / "log.csv", log.to_csv(index=False))
@@ -111,6 +117,10 @@ def training_log(output_dir):
 def as_examples(blocks):
     """Blocks of tokens as the data set that a `Trainer` takes for a causal language model."""
     return [{"input_ids": block, "labels": block} for block in blocks]
+
+
+def _finished(state):
+    return state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
 
 
 def _fingerprint(model, blocks, settings):

@@ -115,6 +115,11 @@ def test_learning_draws_the_rows_together_and_stops(mha, blocks, tmp_path, hinge
     assert log["collapsed_perplexity"].iloc[-1] == pytest.approx(log["perplexity"].iloc[-1], rel=0.1)
     assert perplexity(fused, blocks) == pytest.approx(log["collapsed_perplexity"].iloc[-1], rel=1e-4)
     assert fused.config.budget == plan.budget
+    again = learn_fusion(
+        mha, plan, blocks, 64 * 400, hinge=hinge, tokens_per_step=64, validation=blocks, output_dir=tmp_path
+    )
+    assert training_log(tmp_path).equals(log)
+    assert all(torch.equal(a, b) for a, b in zip(fused.parameters(), again.parameters()))
 
 
 def test_rows_that_still_differ_are_reported(mha, blocks, tmp_path, caplog):

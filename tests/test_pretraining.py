@@ -64,6 +64,8 @@ def test_interrupted_training_ends_where_a_whole_run_does(mha, fused, blocks, tm
         run(tmp_path / "cut")
     resumed = run(tmp_path / "cut")
     assert not changed(whole, resumed)
+    log = training_log(tmp_path / "whole")
+    assert not changed(whole, run(tmp_path / "whole")) and training_log(tmp_path / "whole").equals(log)
 
 
 def test_a_changed_run_does_not_resume_from_another(mha, fused, blocks, tmp_path):

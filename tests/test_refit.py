@@ -5,30 +5,33 @@ import torch
 from conftest import logits
 
 from dha_utils import HeadPlan, fuse, plant_redundancy
-from dha_utils.refit import attention_output, each_block, refit
+from dha_utils.refit import after_attention, after_layer, each_block, refit
 
 
 def plan_for(model):
     return HeadPlan.uniform(model.config, max(1, model.config.num_key_value_heads // 2), 1)
 
 
-def test_refit_brings_the_fused_model_nearer_to_its_source(model):
+@pytest.mark.parametrize("layer_epochs, part", [(0, ".self_attn."), (2, ".layers.")])
+def test_refit_brings_the_fused_model_nearer_to_its_source(model, layer_epochs, part):
     blocks = torch.randint(0, 96, (64, 32), generator=torch.Generator().manual_seed(3))
     fused = fuse(model, plan_for(model), blocks)
     before = [parameter.clone() for parameter in fused.parameters()]
-    refitted, errors = refit(fused, model, blocks, epochs=8)
-    assert errors["kept"].all() and (errors["after"] < errors["before"]).all()
+    refitted, errors = refit(fused, model, blocks, layer_epochs=layer_epochs)
+    kept = errors["kept"].unstack()
+    assert kept["attention"].all() and (kept["layer"].all() if layer_epochs else not kept["layer"].any())
+    assert (errors["after"] < errors["before"]).equals(errors["kept"])
     unseen = torch.randint(0, 96, (8, 32), generator=torch.Generator().manual_seed(4))
     target = logits(model, unseen)
     assert (logits(refitted, unseen) - target).square().mean() < (logits(fused, unseen) - target).square().mean()
     assert all(torch.equal(a, b) for a, b in zip(before, fused.parameters()))
     moved = {name for name, weight in refitted.state_dict().items() if not torch.equal(weight, fused.state_dict()[name])}
-    assert moved and all(".self_attn." in name for name in moved)
+    assert moved and all(part in name for name in moved)
 
 
-def test_a_layer_whose_error_does_not_fall_is_left_alone(mha, blocks):
+def test_a_stage_whose_error_does_not_fall_is_undone(mha, blocks):
     fused = fuse(mha, plan_for(mha), blocks)
-    refitted, errors = refit(fused, mha, blocks, epochs=2, learning_rate=30.0)
+    refitted, errors = refit(fused, mha, blocks, epochs=2, learning_rate=30.0, layer_learning_rate=30.0)
     assert not errors["kept"].any() and (errors["after"] == errors["before"]).all()
     assert all(torch.equal(a, b) for a, b in zip(fused.parameters(), refitted.parameters()))
 
@@ -52,10 +55,11 @@ def test_states_are_those_of_the_model(mha, blocks):
         assert (states - expected[index]).abs().max() < 1e-4
         captured = []
         hook = layer.self_attn.register_forward_hook(lambda module, args, output, kept=captured: kept.append(output[0]))
-        states = each_block(lambda x, layer=layer: layer(x, position_embeddings=turns), states)
+        behind = each_block(after_attention, layer, states, turns)
+        each_block(after_layer, layer, expected[index], turns)
         hook.remove()
-        before = each_block(lambda x, layer=layer: attention_output(layer, x, turns), expected[index])
-        assert (torch.cat(captured) - before).abs().max() < 1e-4
+        assert (states + torch.cat(captured[len(blocks) :]) - behind).abs().max() < 1e-4
+        states = each_block(after_layer, layer, states, turns)
 
 
 def test_too_little_text_is_refused(mha, blocks):

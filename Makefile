@@ -3,7 +3,9 @@
 MODEL ?= smollm2-135m
 TEXT ?= wikipedia
 BUDGET ?= 0.5
-RUN ?= $(notdir $(MODEL))-$(BUDGET)
+# Instead of a budget: CACHE_BYTES=... a token, or MAX_INCREASE=0.05 of the perplexity
+WISH := $(if $(MAX_INCREASE),-p max_increase $(MAX_INCREASE),$(if $(CACHE_BYTES),-p cache_bytes $(CACHE_BYTES)))
+RUN ?= $(notdir $(MODEL))-$(or $(MAX_INCREASE:%=increase-%),$(CACHE_BYTES:%=bytes-%),$(BUDGET))
 BUDGETS ?= 0.75 0.5 0.34
 PYTHON ?= python3
 
@@ -17,9 +19,9 @@ PARAMETERS = -p model $(MODEL) -p text $(TEXT) -p budget $(BUDGET) -p run_dir $(
 ifneq ($(MODEL),wiki-mha)
 LENGTH := 512
 PARAMETERS += -p calibration_blocks 8 -p validation_blocks 8
-SEARCH := -p search_steps 12
-LEARNING := -p fusion_tokens 6144
-TRAINING := -p tokens 6144 -p evaluations 2
+SEARCH := -p search_steps 8
+LEARNING := -p fusion_tokens 4096
+TRAINING := -p tokens 4096 -p evaluations 2
 CHART := -y "budgets: [1.0, 0.67, 0.5, 0.34]"
 endif
 
@@ -53,7 +55,7 @@ endef
 $(DIR)/01_head_redundancy.ipynb: | check
 	$(call execute)
 $(DIR)/02_head_clusters.ipynb: $(DIR)/01_head_redundancy.ipynb
-	$(call execute,$(SEARCH))
+	$(call execute,$(SEARCH) $(WISH))
 	rm -rf $(DIR)/search
 $(DIR)/03_head_fusion.ipynb: $(DIR)/02_head_clusters.ipynb
 	$(call execute,$(LEARNING))

@@ -25,20 +25,13 @@ from dha_utils import (
     pretrain,
     token_blocks,
 )
-from dha_utils.allocation import (
-    heads_for_budget,
-    knapsack,
-    neighbours_plan,
-    partition_costs,
-    plan_of_counts,
-    uniform_counts,
-    uniform_plan,
-)
+from dha_utils.allocation import heads_for_budget, knapsack, neighbours_plan, uniform_counts, uniform_plan
 from dha_utils.evaluation import scored_tokens
 from dha_utils.grouping import pairwise_cost
 from dha_utils.linear import learn_fusion
 from dha_utils.runs import ROOT, append_rows, has_row
 from dha_utils.search import anneal, score_partitions, search_scores
+from dha_utils.sensitivity import partition_costs, plan_of_counts
 from dha_utils.text import drawn
 from dha_utils.training import training_log
 

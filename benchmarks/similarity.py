@@ -17,11 +17,11 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from dha_utils import head_similarity, load_checkpoint, load_text, token_blocks
-from dha_utils.allocation import fused_in_place, layer_inputs
 from dha_utils.evaluation import log_probabilities, token_losses, true_losses
 from dha_utils.fusion import spectral_layers
 from dha_utils.runs import ROOT, write_whole
 from dha_utils.search import search_scores
+from dha_utils.sensitivity import fused_in_place, layer_inputs
 from dha_utils.statistics import with_bias
 
 HERE = Path(__file__).parent
@@ -72,7 +72,7 @@ def measured_rises(model, fitted, held_out):
                 groups = [[i, j], *([head] for head in range(heads) if head not in (i, j))]
                 with fused_in_place(model, index, kind, groups, layers):
                     predictions = log_probabilities(model, held_out, index, inputs[index])
-                    losses = [true_losses(prediction, block).mean() for prediction, block in zip(predictions, held_out)]
+                    losses = [true_losses(prediction, block[1:]).mean() for prediction, block in zip(predictions, held_out)]
                 rise = torch.stack(losses) - base
                 rises[index, kind, i, j] = rise.mean().item(), (rise.std() / len(rise) ** 0.5).item()
     return rises

@@ -22,19 +22,12 @@ from low_rank import allocated_ranks, low_rank_model, uniform_ranks, whitened_sv
 from tqdm import tqdm
 
 from dha_utils import fuse, load_checkpoint, load_text, perplexity, token_blocks
-from dha_utils.allocation import (
-    group_heads,
-    heads_for_budget,
-    knapsack,
-    loss_rises,
-    partition_costs,
-    plan_of_counts,
-    uniform_plan,
-)
+from dha_utils.allocation import heads_for_budget, knapsack, uniform_plan
 from dha_utils.evaluation import scored_tokens
 from dha_utils.fusion import spectral_layers
 from dha_utils.refit import refit
 from dha_utils.runs import append_rows, has_row
+from dha_utils.sensitivity import group_heads, loss_rises, partition_costs, plan_of_counts
 from dha_utils.text import drawn
 
 HERE = Path(__file__).parent

@@ -1,26 +1,29 @@
-"""How good and how large a model is: perplexity, cache bytes, speed of `generate`."""
+"""How good and how large a model is: perplexity, its spread, cache bytes, speed of `generate`."""
 
 import time
 
+import numpy as np
 import torch
+from scipy.stats import ttest_1samp
 from torch.nn.functional import nll_loss
 
 
 def token_losses(model, blocks):
     """LM loss in nats of every token but the first of each block: [blocks, length − 1]."""
     predictions = log_probabilities(model, blocks)
-    return torch.stack([true_losses(prediction, block) for prediction, block in zip(predictions, blocks)])
+    return torch.stack([true_losses(prediction, block[1:]) for prediction, block in zip(predictions, blocks)])
 
 
-def true_losses(prediction, block):
-    """LM loss in nats of the tokens of one block [length] under its `log_probabilities`: [length − 1]."""
-    return nll_loss(prediction, block[1:].to(prediction.device), reduction="none")
+def true_losses(prediction, tokens):
+    """LM loss in nats of the true `tokens` [n] under their log-probabilities [n, vocabulary]: [n]."""
+    return nll_loss(prediction, tokens.to(prediction.device), reduction="none")
 
 
 @torch.no_grad()
-def log_probabilities(model, blocks, first_layer=0, hidden_states=None):
+def log_probabilities(model, blocks, first_layer=0, hidden_states=None, every=1):
     """Yields, block by block, the log-probabilities of the tokens after the first: [length − 1, vocabulary].
 
+    With `every` n, only of each n-th of them, block[1::n]: with a large vocabulary the head costs as much as the layers.
     With `hidden_states` [blocks, length, hidden], what enters layer `first_layer`, the model runs from there on.
     """
     layers = model.model.layers
@@ -28,7 +31,8 @@ def log_probabilities(model, blocks, first_layer=0, hidden_states=None):
     try:
         for index, block in enumerate(blocks.to(model.device)):
             inputs = {"input_ids": block[None]} if hidden_states is None else {"inputs_embeds": hidden_states[[index]]}
-            yield model(**inputs, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            kept = torch.arange(0, len(block) - 1, every, device=model.device)
+            yield model(**inputs, use_cache=False, logits_to_keep=kept).logits[0].float().log_softmax(-1)
     finally:
         model.model.layers = layers
 
@@ -36,6 +40,17 @@ def log_probabilities(model, blocks, first_layer=0, hidden_states=None):
 def perplexity(model, blocks):
     """exp of the mean LM loss over `blocks` [blocks, length], each block on its own: `scored_tokens(blocks)` of them."""
     return token_losses(model, blocks).mean().exp().item()
+
+
+def interval(values, confidence=0.95):
+    """(mean, low, high): Student's interval of the mean over seeds, or blocks; (mean, -inf, inf) of a single value."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), -np.inf, np.inf
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0]), float(values[0])
+    low, high = ttest_1samp(values, 0).confidence_interval(confidence)
+    return float(values.mean()), float(low), float(high)
 
 
 def scored_tokens(blocks):

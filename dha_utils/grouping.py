@@ -53,9 +53,14 @@ class HeadPlan:
         return [len(groups) for groups in self.value_groups]
 
     @property
+    def heads(self):
+        """Key and value heads kept in all."""
+        return sum(self.key_heads) + sum(self.value_heads)
+
+    @property
     def budget(self):
         """Key and value heads kept, over those of the source: the ratio of the KV caches."""
-        return (sum(self.key_heads) + sum(self.value_heads)) / (2 * len(self.key_groups) * self.source_heads)
+        return self.heads / (2 * len(self.key_groups) * self.source_heads)
 
     @classmethod
     def uniform(cls, config, key_heads, value_heads):

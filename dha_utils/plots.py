@@ -1,4 +1,4 @@
-"""Every figure of the notebooks. Each function draws one figure and returns it; the table behind it is the notebook's."""
+"""Every figure of notebooks 01-05. Each function draws one figure and returns it; the table behind it is the notebook's."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -178,48 +178,5 @@ def fusion_curves(log, title):
         axis.set_xlabel("training tokens (thousands)")
     axes[0].legend()
     axes[2].legend(loc="center right")
-    figure.suptitle(title)
-    return figure
-
-
-def study_lines(rows, title):
-    """Perplexity over training tokens, a line per method with the range over seeds; one panel per head budget.
-
-    `rows`: columns method, budget, tokens, seed, perplexity; the source (budget 1) stands in every panel.
-    """
-    budgets = sorted(set(rows["budget"]) - {1.0}, reverse=True)
-    figure, axes = plt.subplots(1, len(budgets), figsize=(6.5 * len(budgets), 5.2), sharey=True, layout="constrained")
-    methods = list(dict.fromkeys(rows["method"]))
-    style = {
-        "hue_order": methods,
-        "style_order": methods,
-        "markers": True,
-        "dashes": False,
-        "palette": COLORS[: len(methods)],
-    }
-    for axis, budget in zip(np.atleast_1d(axes), budgets):
-        chosen, last = rows[rows["budget"].isin([budget, 1.0])], budget == budgets[-1]
-        columns = {"x": "tokens", "y": "perplexity", "hue": "method", "style": "method"}
-        sns.lineplot(chosen, **columns, **style, errorbar=("pi", 100), ax=axis, legend=last)
-        axis.set(title=f"{budget:.0%} of the heads", xlabel="training tokens, search included")
-        axis.set(ylabel="validation perplexity (log scale)", yscale="log")
-        axis.set_xscale("symlog", linthresh=chosen.loc[chosen["tokens"] > 0, "tokens"].min())
-        plain_log(axis.yaxis)
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle(title)
-    return figure
-
-
-def layer_heads(plans, title):
-    """Key and value heads over the layers, mean and range over seeds; a panel per item of {name: [seeds, layers, 2]}."""
-    figure, axes = plt.subplots(1, len(plans), figsize=(5 * len(plans), 3.6), sharey=True, layout="constrained")
-    for axis, (name, heads) in zip(np.atleast_1d(axes), plans.items()):
-        for kind, marker in ((0, "o"), (1, "s")):
-            label, layers = ("key", "value")[kind], np.arange(heads.shape[1])
-            axis.plot(layers, heads[..., kind].mean(0), marker=marker, label=f"{label} heads", color=KIND_COLORS[label])
-            low, high = heads[..., kind].min(0), heads[..., kind].max(0)
-            axis.fill_between(layers, low, high, alpha=0.2, color=KIND_COLORS[label])
-        axis.set(title=f"budget {name}", xlabel="layer", ylabel="heads kept", ylim=(0, None))
-    axis.legend()
     figure.suptitle(title)
     return figure

@@ -4,11 +4,13 @@ import copy
 import math
 
 import torch
+from peft import LoraConfig, LoraModel
 from torch.nn.functional import kl_div
+from transformers import set_seed
 
 from .training import train
 
-TRAINABLE = ("attention", "all")
+TRAINABLE = ("attention", "all", "lora")
 
 
 def pretrain(
@@ -23,12 +25,15 @@ def pretrain(
     validation=None,
     evaluations=5,
     output_dir="runs/pretraining",
+    lora_rank=16,
 ):
     """A copy of `model` (DHA, or the LLaMA source as a control) trained on `tokens` tokens of `blocks` [blocks, length].
 
     The blocks are drawn in an order that only `seed` decides, so that every model with the same seed sees the same text.
     With a `teacher` the loss is KL(teacher ‖ model) a token, without it the LM loss. `trainable`: the "attention"
-    weights or "all". AdamW, linear warm-up over a tenth of the steps, then cosine decay of `learning_rate`.
+    weights, "all", or "lora": adapters of rank `lora_rank` on the attention weights (peft), merged in the end, for people
+    with little memory; they want about ten times the `learning_rate`. AdamW, linear warm-up over a tenth of the steps,
+    then cosine decay of `learning_rate`.
     `validation` [blocks, length]: its perplexity is measured `evaluations` times, evenly spaced, and at the start.
 
     `output_dir` gets `log.csv` (`training_log` reads it) and checkpoints, from which the same call resumes.
@@ -38,8 +43,12 @@ def pretrain(
     if trainable not in TRAINABLE:
         raise ValueError(f"cannot train {trainable!r} weights: choose one of {', '.join(TRAINABLE)}")
     model = copy.deepcopy(model)
+    if trainable == "lora":
+        set_seed(seed)
+        adapters = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+        tuner = LoraModel(model, adapters, "default")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = trainable == "all" or ".self_attn." in name
+        parameter.requires_grad = trainable == "all" or (".lora_" if trainable == "lora" else ".self_attn.") in name
     trained = train(
         model,
         blocks,
@@ -50,11 +59,13 @@ def pretrain(
         validation=validation,
         evaluations=evaluations,
         output_dir=output_dir,
-        settings=[teacher is not None, trainable],
+        settings=[teacher is not None, trainable, lora_rank],
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(tokens // tokens_per_step / 10),
     )
+    if trainable == "lora":
+        trained = tuner.merge_and_unload()
     return trained.requires_grad_(True)
 
 

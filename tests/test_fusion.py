@@ -6,9 +6,9 @@ from conftest import SHAPES, logits, tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dha_utils import HeadPlan, cache_bytes, fuse, plan_heads, plant_redundancy
-from dha_utils.allocation import group_heads
 from dha_utils.freedoms import apply_freedoms
 from dha_utils.fusion import spectral_layers
+from dha_utils.sensitivity import group_heads
 from dha_utils.spectral import as_planes, from_planes
 
 

@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from dha_utils import HeadPlan, fuse, plan_heads
-from dha_utils.allocation import (
+from dha_utils import HeadPlan, cache_bytes, fuse, perplexity, plan_heads
+from dha_utils.allocation import heads_for_budget, heads_for_increase, knapsack
+from dha_utils.evaluation import log_probabilities, token_losses
+from dha_utils.fusion import spectral_layers
+from dha_utils.grouping import _agglomerate, best_partitions, pairwise_cost
+from dha_utils.sensitivity import (
     fused_in_place,
     group_heads,
-    heads_for_budget,
-    knapsack,
     layer_inputs,
     loss_rises,
     monotone,
+    partition_costs,
     plan_of_counts,
     price_table,
     read_prices,
 )
-from dha_utils.evaluation import log_probabilities, token_losses
-from dha_utils.fusion import spectral_layers
-from dha_utils.grouping import _agglomerate, best_partitions, pairwise_cost
 
 
 def partitions_of(heads):
@@ -101,7 +101,9 @@ def test_running_from_a_layer_on_is_running_the_whole_model(mha, blocks):
     before = mha.model.layers[2].self_attn
     with fused_in_place(mha, 2, "key", partitions[2][0][0][1], layers):
         part = torch.stack(list(log_probabilities(mha, blocks, 2, layer_inputs(mha, blocks)[2])))
+        second = torch.stack(list(log_probabilities(mha, blocks, 2, layer_inputs(mha, blocks)[2], every=2)))
     assert torch.allclose(part, whole, atol=1e-4)
+    assert torch.allclose(second, whole[:, ::2], atol=1e-4)
     assert mha.model.layers[2].self_attn is before
 
 
@@ -109,7 +111,8 @@ def test_measured_rises_add_up_to_what_all_layers_cost_together(mha, blocks):
     rises = loss_rises(mha, blocks)
     partitions = group_heads(mha, blocks[0::2])
     everywhere = fuse(mha, plan_of_counts(partitions, [[1, 4]] * 3), blocks[0::2])
-    rise = (token_losses(everywhere, blocks[1::2]).mean() - token_losses(mha, blocks[1::2]).mean()).item()
+    measured = (token_losses(everywhere, blocks[1::2]) - token_losses(mha, blocks[1::2]))[:, ::2]  # every second token
+    rise = measured.mean().item()
     assert rise > 0.01
     assert rise - 1e-4 <= rises[:, 0, 0].sum().item() <= 1.2 * rise  # above only where it was forced not to rise with n
     assert (rises.diff(dim=-1) <= 0).all() and (rises[..., -1] == 0).all()
@@ -123,6 +126,43 @@ def test_plans_meet_their_budget(mha, blocks, allocation, method):
     assert plan.source_heads == 4
     if allocation == "uniform":
         assert set(plan.key_heads) == set(plan.value_heads) == {2}
+
+
+def test_a_cache_size_is_kept_to(mha, blocks):
+    head_bytes = 12 * 4
+    plan = plan_heads(mha, blocks, cache_bytes=11 * head_bytes + 5, allocation="uniform")
+    assert plan.heads == 11 and cache_bytes(fuse(mha, plan, blocks), 1) == 11 * head_bytes
+    assert plan_heads(mha, blocks, cache_bytes=10**9, allocation="uniform").budget == 1
+    with pytest.raises(ValueError, match="one value head in each of 3 layers take 288"):
+        plan_heads(mha, blocks, cache_bytes=287)
+
+
+def test_the_smallest_plan_within_an_increase_is_found(mha, blocks, caplog):
+    caplog.set_level("INFO", "dha_utils")
+    fitted, held_out = blocks[0::2], blocks[1::2]
+    partitions, base = group_heads(mha, fitted), perplexity(mha, held_out)
+
+    def increase(heads):
+        fused = fuse(mha, plan_of_counts(partitions, knapsack(partition_costs(partitions), heads)), fitted)
+        return perplexity(fused, held_out) / base - 1
+
+    def counts(heads):
+        return knapsack(partition_costs(partitions), heads)
+
+    increases = {heads: increase(heads) for heads in range(6, 25)}
+    for wish in (1e-3, 0.02, 0.2, 10.0):
+        found = heads_for_increase(mha, blocks, wish, counts)
+        assert increases[found] <= wish and (found == 6 or increases[found - 1] > wish)
+        assert f"{found} heads: the perplexity rises by {100 * increases[found]:.1f} %" in caplog.text
+    assert plan_heads(mha, blocks, max_increase=10.0, allocation="cost").heads == 6
+    with pytest.raises(ValueError, match="a share above 0, not -0.1"):
+        plan_heads(mha, blocks, max_increase=-0.1)
+
+
+@pytest.mark.parametrize("wishes", [{}, {"budget": 0.5, "max_increase": 0.1}, {"budget": 0.5, "cache_bytes": 500}])
+def test_a_plan_takes_one_wish(mha, blocks, wishes):
+    with pytest.raises(ValueError, match="give one of budget, cache_bytes and max_increase"):
+        plan_heads(mha, blocks, **wishes)
 
 
 def test_plan_is_saved_whole(mha, tmp_path):

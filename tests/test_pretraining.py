@@ -32,6 +32,24 @@ def test_distillation_draws_the_model_to_its_teacher(mha, fused, blocks, tmp_pat
     assert type(trained) is type(fused) and not trained.training
 
 
+def test_lora_trains_adapters_on_the_attention_and_merges_them(mha, fused, blocks, tmp_path):
+    def run(folder):
+        return pretrain(
+            fused, blocks, 640, mha, "lora", 1e-2, tokens_per_step=64, validation=blocks, output_dir=folder, lora_rank=4
+        )
+
+    trained = run(tmp_path)
+    log = training_log(tmp_path)
+    assert log["perplexity"].iloc[-1] < log["perplexity"].iloc[0]
+    assert log["perplexity"].iloc[-1] == pytest.approx(perplexity(trained, blocks), rel=1e-4)
+    names = changed(fused, trained)
+    assert type(trained) is type(fused) and trained.state_dict().keys() == fused.state_dict().keys()
+    assert len(names) == 4 * len(fused.model.layers) and all("_proj.weight" in name for name in names)
+    moved = (trained.state_dict()[name] - fused.state_dict()[name] for name in names)
+    assert all(torch.linalg.matrix_rank(change, rtol=1e-3) <= 4 for change in moved)
+    assert not changed(trained, run(tmp_path))
+
+
 def test_lm_loss_on_all_weights_and_the_source_as_control(mha, fused, blocks, tmp_path):
     for name, model in (("fused", fused), ("source", mha)):
         folder = tmp_path / name

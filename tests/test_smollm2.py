@@ -5,8 +5,9 @@ import torch
 from conftest import logits
 
 from dha_utils import HeadPlan, fuse, load_checkpoint, load_text, perplexity, plant_redundancy, token_blocks
-from dha_utils.allocation import group_heads, heads_for_budget, knapsack, loss_rises, plan_of_counts
+from dha_utils.allocation import heads_for_budget, knapsack
 from dha_utils.fusion import spectral_layers
+from dha_utils.sensitivity import group_heads, loss_rises, plan_of_counts
 
 pytestmark = pytest.mark.slow
 

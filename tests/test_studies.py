@@ -4,7 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dha_utils.studies import gains, heads_by_layer, interval, paper_verdicts, token_savings, verdict
+from dha_utils.studies import (
+    MEASURES,
+    gains,
+    heads_by_layer,
+    interval,
+    paper_verdicts,
+    rank_agreement,
+    token_savings,
+    verdict,
+)
 
 # perplexity after 100, 300 and 3,000 tokens
 CURVES = {
@@ -72,3 +81,14 @@ def test_interval_is_students():
     )
     assert interval([2, 2, 2]) == (2, 2, 2)
     assert verdict(1, 2) == "holds" and verdict(-2, -1) == "does not hold" and verdict(-1, 1) == "cannot be told"
+
+
+def test_rank_agreement_is_minus_spearmans():
+    random = np.random.default_rng(0)
+    pairs = pd.DataFrame({measure: random.random(60) for measure in MEASURES} | {"kind": ["key", "value"] * 30})
+    pairs["rise"] = np.exp(-pairs["spectral"])
+    table = rank_agreement(pairs, resamples=200)
+    assert list(table.index) == list(MEASURES)
+    assert table.loc["spectral", [("key", "ρ"), ("value", "low")]].tolist() == pytest.approx([1, 1])
+    others = table.drop(index="spectral")["key"]
+    assert ((others["low"] <= others["ρ"]) & (others["ρ"] <= others["high"])).all() and (others["low"] < 0.2).all()

@@ -1,0 +1,151 @@
+"""What every number of heads costs a layer: by the energy that sharing loses, or by the loss that is measured."""
+
+from contextlib import contextmanager
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn.functional import kl_div
+from tqdm import tqdm
+
+from .evaluation import log_probabilities, true_losses
+from .fusion import check_method, fuse, fuse_layer, fused_attention, spectral_layers
+from .grouping import HeadPlan, best_partitions
+from .spectral import mean_cost
+from .text import drawn
+
+KINDS = ("key", "value")
+SENSITIVITY_TOKENS = 4096  # every layer costs forward passes over them; more move the plan little
+
+
+def group_heads(model, blocks, method="spectral", layers=None):
+    """For each layer and kind, the best partition into n = 1 … heads groups: [layer][kind][n − 1] = (cost, groups).
+
+    Costs are relative: the share lost of the energy of all heads of that layer and kind.
+    """
+    check_method(method)
+    if method == "spectral" and layers is None:
+        layers = spectral_layers(model, blocks)
+    partitions = []
+    for index, layer in enumerate(tqdm(model.model.layers, "grouping", leave=False)):
+        costs = layers[index].costs() if method == "spectral" else mean_cost(layer.self_attn)
+        partitions.append([best_partitions(cost, model.config.num_key_value_heads) for cost in costs])
+    return partitions
+
+
+def plan_of_counts(partitions, counts):
+    """The `HeadPlan` that keeps counts[layer] = (key heads, value heads), in the best groups."""
+    key, value = ([layer[kind][count[kind] - 1][1] for layer, count in zip(partitions, counts)] for kind in range(2))
+    return HeadPlan(key, value)
+
+
+def partition_costs(partitions):
+    """[layers, 2, heads]: the relative cost of keeping n = 1 … heads key (value) heads, never rising with n."""
+    return monotone(torch.tensor([[[cost for cost, _ in kind] for kind in layer] for layer in partitions]))
+
+
+@torch.no_grad()
+def loss_rises(model, blocks, method="spectral", seed=0):
+    """[layers, 2, heads]: the rise of the LM loss (nats a token) if one layer keeps n = 1 … heads key (value) heads.
+
+    `blocks` [blocks, length]: calibration tokens; of more than `SENSITIVITY_TOKENS`, so many are drawn by `seed`. Every
+    second block makes the groups and the fusion, the others measure: measured on the text it was fitted to, sharing
+    looks cheaper than it is, values most. Two estimates are averaged, the rise of the loss itself, which is noisy, and
+    the divergence from the source's predictions, which would be the same if the source were always right. Single rises
+    add up to less than all layers cost together, by another factor for keys than for values; so each estimate is scaled
+    to the rise of the loss with n heads in every layer at once. Forced never to rise with n.
+
+    Raises ValueError with fewer than two blocks.
+    """
+    if len(blocks) < 2:
+        raise ValueError("measuring losses needs at least 2 calibration blocks: one half makes the fusion, one measures it")
+    blocks = drawn(blocks, max(2, SENSITIVITY_TOKENS // blocks.shape[1]), seed)
+    fitted, held_out = blocks[0::2], blocks[1::2]
+    layers = spectral_layers(model, fitted) if method == "spectral" else None
+    partitions = group_heads(model, fitted, method, layers)
+    heads = model.config.num_key_value_heads
+    inputs, true = layer_inputs(model, held_out), held_out[:, 1::2]
+    reference = list(log_probabilities(model, held_out, every=2))
+    rises, together = torch.zeros(2, len(partitions), 2, heads), torch.zeros(2, heads)
+    with tqdm(total=rises[0, ..., 1:].numel(), desc="measuring losses", leave=False) as steps:
+        for kind, n in product(range(2), range(1, heads)):
+            for index in range(len(partitions)):
+                groups = partitions[index][kind][n - 1][1]
+                with fused_in_place(model, index, KINDS[kind], groups, layers):
+                    predictions = log_probabilities(model, held_out, index, inputs[index], every=2)
+                    rises[:, index, kind, n - 1] = rise_and_divergence(predictions, reference, true)
+                steps.update()
+            counts = [[n, heads] if kind == 0 else [heads, n]] * len(partitions)
+            fused = fuse(model, plan_of_counts(partitions, counts), method=method, layers=layers)
+            together[kind, n - 1] = rise_and_divergence(log_probabilities(fused, held_out, every=2), reference, true)[0]
+    rises = monotone(rises)
+    scale = together / rises.sum(1, keepdim=True).clamp(min=1e-6)
+    return monotone((rises * scale.clamp(min=0)).mean(0))
+
+
+def rise_and_divergence(predictions, reference, true):
+    """The rise of the LM loss over the `reference`, and the KL divergence from it, nats a token: [2].
+
+    Both are `log_probabilities` of the `true` tokens [blocks, n].
+    """
+    rows = [
+        [
+            (true_losses(new, tokens) - true_losses(old, tokens)).mean(),
+            kl_div(new, old, reduction="batchmean", log_target=True),
+        ]
+        for new, old, tokens in zip(predictions, reference, true)
+    ]
+    return torch.tensor(rows).mean(0)
+
+
+@contextmanager
+def fused_in_place(model, index, kind, groups, layers=None):
+    """Layer `index` of the source `model` shares its "key" or "value" heads by `groups`, for the time of a `with` block.
+
+    `layers`: what `spectral_layers` gives; without it the heads are mean-pooled.
+    """
+    layer = model.model.layers[index]
+    attention = layer.self_attn
+    alone = [[head] for head in range(model.config.num_key_value_heads)]
+    pair = (groups, alone) if kind == "key" else (alone, groups)
+    fused = fuse_layer(attention, *pair, layers[index] if layers else None)
+    layer.self_attn = fused_attention(model.config, fused)
+    try:
+        yield
+    finally:
+        layer.self_attn = attention
+
+
+@torch.no_grad()
+def layer_inputs(model, blocks):
+    """The hidden states [blocks, length, hidden] that enter each layer."""
+    states = [model.model(block[None].to(model.device), output_hidden_states=True, use_cache=False) for block in blocks]
+    return [torch.cat(layer) for layer in zip(*(state.hidden_states[:-1] for state in states))]
+
+
+def monotone(prices):
+    """No price rises with the number of heads, and all heads cost nothing: measured noise would break both."""
+    prices = prices.clone()
+    prices[..., -1] = 0
+    return prices.flip(-1).cummax(-1).values.flip(-1)
+
+
+def plan_price(prices, plan):
+    """The sum of `prices` [layers, 2, heads] over what a plan keeps."""
+    counts = zip(plan.key_heads, plan.value_heads)
+    return sum(float(prices[layer, kind, n - 1]) for layer, pair in enumerate(counts) for kind, n in enumerate(pair))
+
+
+def price_table(prices):
+    """[layers, 2, heads] as a table: a row per layer and kind, a column per number of heads kept."""
+    layers, kinds, heads = np.shape(prices)
+    index = pd.MultiIndex.from_product([range(layers), KINDS], names=["layer", "kind"])
+    columns = pd.RangeIndex(1, heads + 1, name="heads kept")
+    return pd.DataFrame(np.reshape(prices, (-1, heads)), index, columns)
+
+
+def read_prices(path):
+    """The inverse of `price_table(prices).to_csv(path)`: a tensor [layers, 2, heads]."""
+    table = pd.read_csv(path, index_col=["layer", "kind"])
+    return torch.tensor(table.to_numpy()).unflatten(0, (-1, 2))

@@ -17,6 +17,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from dha_utils import HeadPlan
+from dha_utils.fusion import head_map
 from dha_utils.modeling import DhaAttention, DhaConfig
 from dha_utils.runs import write_whole
 
@@ -38,11 +40,17 @@ def parse_arguments():
 
 def attention(arguments, key_heads, value_heads):
     """A DHA attention layer that shares contiguous heads; with all key-value heads it is the source's."""
-    heads, dim = arguments.heads, arguments.head_dim
-    maps = [[head * count // heads for head in range(heads)] for count in (key_heads, value_heads)]
-    shape = {"hidden_size": heads * dim, "num_attention_heads": heads, "num_key_value_heads": arguments.key_value_heads}
-    config = DhaConfig(**shape, head_dim=dim, num_hidden_layers=1, key_head_map=[maps[0]], value_head_map=[maps[1]])
-    return DhaAttention(config, 0).eval()
+    shape = {
+        "hidden_size": arguments.heads * arguments.head_dim,
+        "num_attention_heads": arguments.heads,
+        "num_key_value_heads": arguments.key_value_heads,
+        "head_dim": arguments.head_dim,
+        "num_hidden_layers": 1,
+    }
+    plan = HeadPlan.uniform(LlamaConfig(**shape), key_heads, value_heads)
+    queries = arguments.heads // arguments.key_value_heads
+    maps = [[head_map(groups, queries)] for groups in (plan.key_groups[0], plan.value_groups[0])]
+    return DhaAttention(DhaConfig(**shape, key_head_map=maps[0], value_head_map=maps[1]), 0).eval()
 
 
 def dha_step(arguments, context, key_heads, value_heads):
@@ -55,13 +63,10 @@ def dha_step(arguments, context, key_heads, value_heads):
 
 def low_rank_step(arguments, context, rank):
     """The same from a cache [batch, context, rank] of which keys and values are linear maps."""
-    layer, batch, dim = (
-        attention(arguments, *[arguments.key_value_heads] * 2),
-        arguments.batch_size,
-        arguments.head_dim,
-    )
+    full, batch, dim = arguments.key_value_heads, arguments.batch_size, arguments.head_dim
+    layer = attention(arguments, full, full)
     query, cache = torch.randn(batch, arguments.heads, 1, dim), torch.randn(batch, context, rank)
-    to_keys, to_values = (torch.randn(rank, arguments.key_value_heads * dim) for _ in range(2))
+    to_keys, to_values = (torch.randn(rank, full * dim) for _ in range(2))
     config = LlamaConfig(hidden_size=arguments.heads * dim, num_attention_heads=arguments.heads, head_dim=dim)
     cos, sin = LlamaRotaryEmbedding(config)(cache, torch.arange(context)[None])
     per_head = to_values.view(rank, -1, dim).transpose(0, 1)[layer.value_groups.group]  # [heads, rank, d]
@@ -80,7 +85,8 @@ def main():
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     full = arguments.key_value_heads
-    kept = [max(1, round(full / 2)), full - max(1, round(full / 2))]  # key and value heads, half of all
+    half = max(1, round(full / 2))
+    kept = [half, full - half]  # key and value heads, half of all
     rows = []
     for context in tqdm(arguments.contexts, "contexts"):
         steps = {

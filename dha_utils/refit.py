@@ -62,6 +62,7 @@ class LayerFit:
     def __init__(self, layer, states, streams, turns):
         self.layer, self.states, self.streams, self.turns = layer, states, streams, turns
         self.held_out = torch.arange(len(states)) % 4 == 3
+        self.error = self.measured_error()
 
     def loss(self, output, chosen):
         target = self.streams[output][chosen]
@@ -69,21 +70,23 @@ class LayerFit:
         return (errors / target.square().sum(-1)).mean()
 
     @torch.no_grad()
-    def error(self):
+    def measured_error(self):
         """Behind the layer, on the held-out blocks."""
         return torch.stack([self.loss(after_layer, [int(i)]) for i in torch.nonzero(self.held_out)]).mean().item()
 
     def improve(self, output, part, epochs, learning_rate, random):
         """Move the weights of `part` until `output` meets its stream, if that lowers the held-out error."""
-        before, weights = self.error(), copy.deepcopy(part.state_dict())
-        result = {"before": before, "after": before, "kept": False}
-        for rate in (learning_rate, learning_rate / 4) if before > EXACT and epochs else ():
-            self.descend(output, part, epochs, rate, random)
-            after = self.error()
-            if after < before:
-                return result | {"after": after, "kept": True}
-            part.load_state_dict(weights)
-        return result
+        before = self.error
+        if epochs and before > EXACT:
+            weights = copy.deepcopy(part.state_dict())
+            for rate in (learning_rate, learning_rate / 4):
+                self.descend(output, part, epochs, rate, random)
+                after = self.measured_error()
+                if after < before:
+                    self.error = after
+                    break
+                part.load_state_dict(weights)
+        return {"before": before, "after": self.error, "kept": self.error < before}
 
     def descend(self, output, part, epochs, learning_rate, random, blocks_per_step=2):
         fitted = torch.nonzero(~self.held_out).flatten()

@@ -178,10 +178,10 @@ def low_rank(rows):
 def against_low_rank(rows):
     """The last step of the ladder against a low-rank cache of the same size: a row per budget, interval over the draws."""
     best = rows[rows["method"] == "spectral, layers refitted"].set_index(["budget", "seed"])["perplexity"]
-    table = {}
-    for budget, ratios in (best / low_rank(rows)).dropna().groupby("budget"):
+    baseline, table = low_rank(rows), {}
+    for budget, ratios in (best / baseline).dropna().groupby("budget"):
         mean, low, high = interval(ratios)
-        figures = {"DHA": best[budget].mean(), "low rank": low_rank(rows)[budget].mean()}
+        figures = {"DHA": best[budget].mean(), "low rank": baseline[budget].mean()}
         word = verdict(1 - high, 1 - low)
         table[budget] = figures | {"DHA / low rank": mean, "low": low, "high": high, "DHA is lower": word}
     return pd.DataFrame(table).T.rename_axis("budget").sort_index(ascending=False)

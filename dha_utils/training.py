@@ -93,7 +93,8 @@ def train(
     trainer.loss = loss
     trainer.remove_callback(PrinterCallback)
     checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if checkpoint and (state := TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")) and _finished(state):
+    state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else None
+    if state and state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
         load_model(model, f"{checkpoint}/model.safetensors")  # `Trainer` would add a step
         trainer.state = state
     else:
@@ -117,10 +118,6 @@ def training_log(output_dir):
 def as_examples(blocks):
     """Blocks of tokens as the data set that a `Trainer` takes for a causal language model."""
     return [{"input_ids": block, "labels": block} for block in blocks]
-
-
-def _finished(state):
-    return state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
 
 
 def _fingerprint(model, blocks, settings):

@@ -99,25 +99,19 @@ def test_identity_of_groups_of_four_is_the_72_of_the_paper_shape():
 @pytest.mark.parametrize("hinge", ["sum", "term"])
 def test_learning_draws_the_rows_together_and_stops(mha, blocks, tmp_path, hinge):
     plan = HeadPlan.uniform(mha.config, 2, 1)
-    fused = learn_fusion(
-        mha,
-        plan,
-        blocks,
-        64 * 400,
-        hinge=hinge,
-        tokens_per_step=64,
-        validation=blocks,
-        output_dir=tmp_path,
-    )
+
+    def run():
+        settings = {"hinge": hinge, "tokens_per_step": 64, "validation": blocks, "output_dir": tmp_path}
+        return learn_fusion(mha, plan, blocks, 64 * 400, **settings)
+
+    fused = run()
     log = training_log(tmp_path)
     assert log["fusion_loss"].iloc[-1] < 2e-3 and log["step"].iloc[-1] < 400
     assert log["target"].dropna().is_monotonic_decreasing and log["multiplier"].iloc[-1] > 0
     assert log["collapsed_perplexity"].iloc[-1] == pytest.approx(log["perplexity"].iloc[-1], rel=0.1)
     assert perplexity(fused, blocks) == pytest.approx(log["collapsed_perplexity"].iloc[-1], rel=1e-4)
     assert fused.config.budget == plan.budget
-    again = learn_fusion(
-        mha, plan, blocks, 64 * 400, hinge=hinge, tokens_per_step=64, validation=blocks, output_dir=tmp_path
-    )
+    again = run()
     assert training_log(tmp_path).equals(log)
     assert all(torch.equal(a, b) for a, b in zip(fused.parameters(), again.parameters()))
 

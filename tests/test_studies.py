@@ -4,11 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dha_utils.evaluation import interval
 from dha_utils.studies import (
     MEASURES,
     gains,
     heads_by_layer,
-    interval,
     paper_verdicts,
     rank_agreement,
     token_savings,

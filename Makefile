@@ -19,10 +19,10 @@ PARAMETERS = -p model $(MODEL) -p text $(TEXT) -p budget $(BUDGET) -p run_dir $(
 ifneq ($(MODEL),wiki-mha)
 LENGTH := 512
 PARAMETERS += -p calibration_blocks 8 -p validation_blocks 8
-SEARCH := -p search_steps 8
-LEARNING := -p fusion_tokens 4096
+SEARCH := -p search_steps 6
+LEARNING := -p fusion_tokens 3072
 TRAINING := -p tokens 4096 -p evaluations 2
-CHART := -y "budgets: [1.0, 0.67, 0.5, 0.34]"
+CHART := -y "budgets: [0.67, 0.5, 0.34]"
 endif
 
 .PHONY: setup check run sweep lab test test-slow notebooks clean

@@ -19,8 +19,8 @@ PARAMETERS = -p model $(MODEL) -p text $(TEXT) -p budget $(BUDGET) -p run_dir $(
 ifneq ($(MODEL),wiki-mha)
 LENGTH := 512
 PARAMETERS += -p calibration_blocks 8 -p validation_blocks 8
-SEARCH := -p search_steps 6
-LEARNING := -p fusion_tokens 3072
+SEARCH := -p search_steps 8
+LEARNING := -p fusion_tokens 4096 -p evaluations 2
 TRAINING := -p tokens 4096 -p evaluations 2
 CHART := -y "budgets: [0.67, 0.5, 0.34]"
 endif

@@ -63,6 +63,12 @@ def test_a_wide_interval_decides_nothing(rows):
     assert (one["here"] == "cannot be told").all()
 
 
+def test_a_saving_cut_off_by_the_longest_run_decides_nothing(rows):
+    early = rows[rows["tokens"] < 3000]
+    claim = paper_verdicts(early, 0.25, 300, 100).loc["GQA's loss with 5 times fewer tokens"]
+    assert claim["mean"] == pytest.approx(3) and claim["here"] == "cannot be told"
+
+
 def test_savings_are_read_off_the_line(rows):
     rows["perplexity"] = [
         CURVES[method][(100, 300, 3000).index(tokens)] for method, tokens in zip(rows["method"], rows["tokens"])
@@ -70,6 +76,11 @@ def test_savings_are_read_off_the_line(rows):
     assert token_savings(rows, "DHA", "GQA", 0.25, 300).tolist() == pytest.approx([10.0] * 3)  # a lower bound: 108 < 110
     halfway = np.exp(np.interp(np.log(140), np.log([110, 150]), np.log([3000, 300])))
     assert token_savings(rows, "DHA", "GQA", 0.25, 100)[0] == pytest.approx(halfway / 100)
+    late = rows["method"].eq("GQA") & rows["tokens"].eq(3000)
+    rows.loc[late, "perplexity"] = 170  # it overfits: what it had after 300 tokens still counts
+    assert token_savings(rows, "DHA layout, mean-pooled neighbours", "GQA", 0.25, 100)[0] == pytest.approx(
+        np.exp(np.interp(np.log(180), np.log([150, 200]), np.log([300, 100]))) / 100
+    )
     assert gains(rows, "DHA", "GQA", 0.25, 100)[2] == pytest.approx(np.log(200 / 140))
     assert heads_by_layer(rows, "DHA", 0.25).shape == (9, 4, 2)
 

@@ -106,7 +106,7 @@ def test_learning_draws_the_rows_together_and_stops(mha, blocks, tmp_path, hinge
 
     fused = run()
     log = training_log(tmp_path)
-    assert log["fusion_loss"].iloc[-1] < 2e-3 and log["step"].iloc[-1] < 400
+    assert log["fusion_loss"].iloc[-1] < 1e-3 and log["step"].iloc[-1] < 400
     assert log["target"].dropna().is_monotonic_decreasing and log["multiplier"].iloc[-1] > 0
     assert log["collapsed_perplexity"].iloc[-1] == pytest.approx(log["perplexity"].iloc[-1], rel=0.1)
     assert perplexity(fused, blocks) == pytest.approx(log["collapsed_perplexity"].iloc[-1], rel=1e-4)
@@ -118,7 +118,7 @@ def test_learning_draws_the_rows_together_and_stops(mha, blocks, tmp_path, hinge
 
 def test_rows_that_still_differ_are_reported(mha, blocks, tmp_path, caplog):
     learn_fusion(mha, HeadPlan.uniform(mha.config, 2, 2), blocks, 64, tokens_per_step=64, output_dir=tmp_path)
-    assert "L_fusion is still" in caplog.text
+    assert "L_fusion is still" in caplog.text and training_log(tmp_path)["fusion_loss"].iloc[-1] > 1
 
 
 def test_interrupted_learning_ends_where_a_whole_run_does(mha, blocks, tmp_path):

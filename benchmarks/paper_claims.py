@@ -6,7 +6,8 @@
 
 Tokens are counted from the first step of the search; a run at T tokens has its own schedule. A tenth of them goes to the
 search (at most its 240 steps), at most half to learning the fusion, the rest to continued pre-training of all weights on
-the LM loss. Runs resume, and those that the CSV already has are not repeated.
+the LM loss, at each of the learning rates: what suits a broken start is too fast for one that is nearly the source.
+Runs resume, and those that the CSV already has are not repeated.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from dha_utils.training import training_log
 HERE = Path(__file__).parent
 SEARCH_STEPS = 240
 SEARCH_SHARE, FUSION_SHARE = 0.1, 0.5
+TOKENS_PER_STEP = 2048
 
 
 def parse_arguments():
@@ -47,7 +49,7 @@ def parse_arguments():
     parser.add_argument("--tokens", type=int, nargs="+", default=[0, 100_000, 300_000, 1_000_000, 3_000_000])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of the continued pre-training")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-4, 5e-4], help="of the pre-training")
     parser.add_argument("--length", type=int, default=256, help="tokens a block")
     parser.add_argument("--calibration-blocks", type=int, default=16, help="for CKA on text and for spectral fusion")
     parser.add_argument("--validation-blocks", type=int, default=64)
@@ -59,7 +61,7 @@ class Study:
     """What the runs of one model share: its text, and how many tokens each stage of a run has used."""
 
     def __init__(self, arguments):
-        self.name, self.learning_rate, self.length = Path(arguments.model).name, arguments.learning_rate, arguments.length
+        self.name, self.length = Path(arguments.model).name, arguments.length
         self.source, tokenizer = load_checkpoint(arguments.model)
         self.training, self.calibration, self.validation = (
             token_blocks(tokenizer, load_text("wikipedia", split), arguments.length, limit)
@@ -119,8 +121,8 @@ def dha(study, budget, tokens, seed, folder, groups="search", allocation="knapsa
 
 
 def fusion_step(tokens, length):
-    """2,048 tokens a step, fewer where that would leave the fusion less than 200 of them."""
-    return max(length, min(2048, int(FUSION_SHARE * tokens / 200) // length * length))
+    """`TOKENS_PER_STEP`, fewer where that would leave the fusion less than 200 steps."""
+    return max(length, min(TOKENS_PER_STEP, int(FUSION_SHARE * tokens / 200) // length * length))
 
 
 def spectral(study, budget, tokens, seed, folder):
@@ -154,41 +156,43 @@ def planned_runs(arguments):
                     yield {"method": method, "budget": share, "tokens": tokens, "seed": seed}
 
 
-def measure(study, run):
-    """The row of one run."""
+def measure(study, run, learning_rates):
+    """The rows of one run, one for each learning rate of the pre-training; without tokens to train on they are one."""
     folder = ROOT / "runs" / "paper_claims" / study.name / "-".join(str(part).replace(" ", "_") for part in run.values())
     begin = time.perf_counter()
-    model, used = METHODS[run["method"]](study, run["budget"], run["tokens"], run["seed"], folder)
-    before = perplexity(model, study.validation)
-    step = fusion_step(run["tokens"], study.length)
-    left = (run["tokens"] - used) // step * step
-    if left:
-        model = pretrain(
-            model,
-            study.training,
-            left,
-            trainable="all",
-            learning_rate=study.learning_rate,
-            tokens_per_step=step,
-            seed=run["seed"],
-            evaluations=1,
-            output_dir=folder / "pretraining",
-        )
-    counts = model.config.head_counts() if run["method"] != "source" else []
+    start, used = METHODS[run["method"]](study, run["budget"], run["tokens"], run["seed"], folder)
+    left = (run["tokens"] - used) // TOKENS_PER_STEP * TOKENS_PER_STEP
+    counts = start.config.head_counts() if run["method"] != "source" else []
     heads = study.source.config.num_key_value_heads * study.source.config.num_hidden_layers
     log = folder / "fusion" / "log.csv"
-    return run | {
+    row = run | {
         "model": study.name,
-        "perplexity": perplexity(model, study.validation),
-        "perplexity_before_pretraining": before,
+        "perplexity_before_pretraining": perplexity(start, study.validation),
         "tokens_before_pretraining": used,
         "fusion_loss": training_log(log.parent)["fusion_loss"].iloc[-1] if log.exists() else None,
         "key_heads": sum(keys for keys, _ in counts) or heads,
         "value_heads": sum(values for _, values in counts) or heads,
         "heads_by_layer": " ".join(f"{keys}+{values}" for keys, values in counts),
         "validation_tokens": scored_tokens(study.validation),
-        "seconds": round(time.perf_counter() - begin),
     }
+    before = time.perf_counter() - begin
+    for rate in learning_rates:
+        begin = time.perf_counter()
+        model = start
+        if left:
+            model = pretrain(
+                start,
+                study.training,
+                left,
+                trainable="all",
+                learning_rate=rate,
+                tokens_per_step=TOKENS_PER_STEP,
+                seed=run["seed"],
+                evaluations=1,
+                output_dir=folder / f"pretraining-{rate:g}",
+            )
+        result = {"learning_rate": rate, "perplexity": perplexity(model, study.validation)}
+        yield row | result | {"seconds": round(before + time.perf_counter() - begin)}
 
 
 def main():
@@ -196,9 +200,11 @@ def main():
     out = arguments.out or HERE / "results" / f"paper_claims_{Path(arguments.model).name}.csv"
     study = Study(arguments)
     for run in planned_runs(arguments):
-        if has_row(out, run):
+        rates = arguments.learning_rates if run["tokens"] else [0.0]
+        rates = [rate for rate in rates if not has_row(out, run | {"learning_rate": rate})]
+        if not rates:
             continue
-        append_rows(out, [measure(study, run)])
+        append_rows(out, list(measure(study, run, rates)))
         print(f"{run['method']}, budget {run['budget']:.0%}, {run['tokens']:,} tokens, seed {run['seed']}", flush=True)
 
 

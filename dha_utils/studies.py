@@ -40,6 +40,14 @@ def gains(rows, better, worse, budget, tokens):
     return (losses(worse) - losses(better)).dropna()
 
 
+def at_best_rate(rows):
+    """Each method at each budget and number of tokens with the learning rate that gives it the lowest mean over seeds."""
+    case = ["method", "budget", "tokens"]
+    mean = rows.groupby([*case, "learning_rate"])["perplexity"].transform("mean")
+    best = mean.groupby([rows[column] for column in case]).transform("min")
+    return rows[mean == best]
+
+
 def token_savings(rows, better, worse, budget, tokens):
     """How many times the tokens `worse` needs for what `better` reaches after `tokens`, seed by seed.
 

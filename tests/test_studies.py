@@ -7,6 +7,7 @@ import pytest
 from dha_utils.evaluation import interval
 from dha_utils.studies import (
     MEASURES,
+    at_best_rate,
     gains,
     heads_by_layer,
     paper_verdicts,
@@ -83,6 +84,15 @@ def test_savings_are_read_off_the_line(rows):
     )
     assert gains(rows, "DHA", "GQA", 0.25, 100)[2] == pytest.approx(np.log(200 / 140))
     assert heads_by_layer(rows, "DHA", 0.25).shape == (9, 4, 2)
+
+
+def test_every_method_gets_its_best_rate(rows):
+    fast = rows.assign(learning_rate=5e-4)
+    slow = rows.assign(learning_rate=2e-4, perplexity=rows["perplexity"] * np.where(rows["method"] == "DHA", 0.9, 1.1))
+    slow.loc[slow["seed"] == 0, "perplexity"] *= 1.01
+    best = at_best_rate(pd.concat([fast, slow]))
+    assert len(best) == len(rows)
+    assert (best["learning_rate"] == np.where(best["method"] == "DHA", 2e-4, 5e-4)).all()
 
 
 def test_interval_is_students():

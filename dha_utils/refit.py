@@ -21,8 +21,8 @@ def refit(fused, source, blocks, epochs=4, learning_rate=2e-3, layer_epochs=2, l
     E‖stream of the fused model − stream of the source‖² / ‖stream of the source‖² over tokens: what the next RMSNorm will
     see of it, and no massive activation outweighs all others. The first stage moves the attention and reads the stream
     behind it, the second moves all weights of the layer and reads the stream behind that. A stage that did not lower the
-    held-out error behind the layer is undone, and tried again at a quarter of the rate. Adam with a cosine to zero;
-    `layer_epochs=0` leaves the MLP alone.
+    held-out error behind the layer is undone, and tried again at a quarter of the rate. Adam, one block a step, with a
+    cosine to zero; `layer_epochs=0` leaves the MLP alone.
 
     Raises ValueError with fewer than four blocks.
     """
@@ -88,12 +88,12 @@ class LayerFit:
                 part.load_state_dict(weights)
         return {"before": before, "after": self.error, "kept": self.error < before}
 
-    def descend(self, output, part, epochs, learning_rate, random, blocks_per_step=2):
+    def descend(self, output, part, epochs, learning_rate, random):
         fitted = torch.nonzero(~self.held_out).flatten()
         optimizer = torch.optim.Adam(part.parameters(), lr=learning_rate, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(fitted) // blocks_per_step))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(fitted))
         for _ in range(epochs):
-            for chosen in fitted[torch.randperm(len(fitted), generator=random)].split(blocks_per_step):
+            for chosen in fitted[torch.randperm(len(fitted), generator=random)].split(1):
                 optimizer.zero_grad()
                 self.loss(output, chosen).backward()
                 optimizer.step()

@@ -51,10 +51,10 @@ def loss_rises(model, blocks, method="spectral", seed=0):
 
     `blocks` [blocks, length]: calibration tokens; of more than `SENSITIVITY_TOKENS`, so many are drawn by `seed`. Every
     second block makes the groups and the fusion, the others measure: measured on the text it was fitted to, sharing
-    looks cheaper than it is, values most. Two estimates are averaged, the rise of the loss itself, which is noisy, and
-    the divergence from the source's predictions, which would be the same if the source were always right. Single rises
-    add up to less than all layers cost together, by another factor for keys than for values; so each estimate is scaled
-    to the rise of the loss with n heads in every layer at once. Forced never to rise with n.
+    looks cheaper than it is, values most. A single rise is estimated by the KL divergence from the source's predictions:
+    the rise of the loss on so few tokens is noise, for a layer that matters little even in its sign. Single divergences
+    add up to less than all layers cost together, by another factor for keys than for values; so they are scaled to the
+    rise of the loss with n heads in every layer at once. Forced never to rise with n.
 
     Raises ValueError with fewer than two blocks.
     """
@@ -65,38 +65,34 @@ def loss_rises(model, blocks, method="spectral", seed=0):
     layers = spectral_layers(model, fitted) if method == "spectral" else None
     partitions = group_heads(model, fitted, method, layers)
     heads = model.config.num_key_value_heads
-    inputs, true = layer_inputs(model, held_out), held_out[:, 1::2]
-    reference = list(log_probabilities(model, held_out, every=2))
-    rises, together = torch.zeros(2, len(partitions), 2, heads), torch.zeros(2, heads)
-    with tqdm(total=rises[0, ..., 1:].numel(), desc="measuring losses", leave=False) as steps:
+    inputs, reference = layer_inputs(model, held_out), list(log_probabilities(model, held_out, every=2))
+    base = mean_loss(reference, held_out)
+    divergences, together = torch.zeros(len(partitions), 2, heads), torch.zeros(2, heads)
+    with tqdm(total=divergences[..., 1:].numel(), desc="measuring losses", leave=False) as steps:
         for kind, n in product(range(2), range(1, heads)):
             for index in range(len(partitions)):
                 groups = partitions[index][kind][n - 1][1]
                 with fused_in_place(model, index, KINDS[kind], groups, layers):
                     predictions = log_probabilities(model, held_out, index, inputs[index], every=2)
-                    rises[:, index, kind, n - 1] = rise_and_divergence(predictions, reference, true)
+                    divergences[index, kind, n - 1] = mean_divergence(predictions, reference)
                 steps.update()
             counts = [[n, heads] if kind == 0 else [heads, n]] * len(partitions)
             fused = fuse(model, plan_of_counts(partitions, counts), method=method, layers=layers)
-            together[kind, n - 1] = rise_and_divergence(log_probabilities(fused, held_out, every=2), reference, true)[0]
-    rises = monotone(rises)
-    scale = together / rises.sum(1, keepdim=True).clamp(min=1e-6)
-    return monotone((rises * scale.clamp(min=0)).mean(0))
+            together[kind, n - 1] = mean_loss(log_probabilities(fused, held_out, every=2), held_out) - base
+    divergences = monotone(divergences)
+    scale = together / divergences.sum(0).clamp(min=1e-6)
+    return monotone(divergences * scale.clamp(min=0))
 
 
-def rise_and_divergence(predictions, reference, true):
-    """The rise of the LM loss over the `reference`, and the KL divergence from it, nats a token: [2].
+def mean_loss(predictions, blocks):
+    """LM loss, nats a token, of `log_probabilities` of every second token of `blocks`."""
+    return torch.stack([true_losses(new, block[1::2]).mean() for new, block in zip(predictions, blocks)]).mean()
 
-    Both are `log_probabilities` of the `true` tokens [blocks, n].
-    """
-    rows = [
-        [
-            (true_losses(new, tokens) - true_losses(old, tokens)).mean(),
-            kl_div(new, old, reduction="batchmean", log_target=True),
-        ]
-        for new, old, tokens in zip(predictions, reference, true)
-    ]
-    return torch.tensor(rows).mean(0)
+
+def mean_divergence(predictions, reference):
+    """KL divergence from the `reference`, nats a token; both are `log_probabilities` of the same tokens."""
+    pairs = zip(predictions, reference)
+    return torch.stack([kl_div(new, old, reduction="batchmean", log_target=True) for new, old in pairs]).mean()
 
 
 @contextmanager

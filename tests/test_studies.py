@@ -1,20 +1,14 @@
 """Verdicts computed from rows whose answer is known."""
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from dha_utils.beyond import MEASURES, STEPS, against_low_rank, growth, ladder, rank_agreement, recovery_table, ways
+from dha_utils.claims import at_best_rate, gains, heads_by_layer, paper_verdicts, token_savings, trained_by_all, verdict
 from dha_utils.evaluation import interval
-from dha_utils.studies import (
-    MEASURES,
-    at_best_rate,
-    gains,
-    heads_by_layer,
-    paper_verdicts,
-    rank_agreement,
-    token_savings,
-    verdict,
-)
 
 # perplexity after 100, 300 and 3,000 tokens
 CURVES = {
@@ -95,6 +89,11 @@ def test_every_method_gets_its_best_rate(rows):
     assert (best["learning_rate"] == np.where(best["method"] == "DHA", 2e-4, 5e-4)).all()
 
 
+def test_methods_are_compared_where_none_is_missing(rows):
+    assert trained_by_all(rows) == 3000
+    assert trained_by_all(rows.drop(index=rows.index[(rows["tokens"] == 3000) & (rows["method"] == "DHA")][0])) == 300
+
+
 def test_interval_is_students():
     mean, low, high = interval([1, 2, 3])
     assert (
@@ -113,3 +112,64 @@ def test_rank_agreement_is_minus_spearmans():
     assert table.loc["spectral", [("key", "ρ"), ("value", "low")]].tolist() == pytest.approx([1, 1])
     others = table.drop(index="spectral")["key"]
     assert ((others["low"] <= others["ρ"]) & (others["ρ"] <= others["high"])).all() and (others["low"] < 0.2).all()
+
+
+@pytest.fixture
+def fused():
+    """Rows as `benchmarks/training_free.py` writes them: every step a tenth better than the last, low rank at 100."""
+    table = []
+    for (budget, level), seed in product(((0.5, 1), (0.25, 3)), range(3)):
+        cases = {case: 200 * level * 0.9**step for step, case in enumerate(STEPS)}
+        cases |= {("low rank", "uniform"): 110, ("low rank", "cost"): 100}
+        for (method, allocation), perplexity in cases.items():
+            row = {"method": method, "allocation": allocation, "budget": budget, "seed": seed, "base_perplexity": 20}
+            noise = 0.001 * seed if method == "low rank" else 0
+            table.append(row | {"perplexity": perplexity * (1 + noise)})
+    return pd.DataFrame(table).sample(frac=1, random_state=0)
+
+
+def test_the_last_step_is_held_against_the_better_low_rank_cache(fused):
+    table = against_low_rank(fused)
+    assert list(table.index) == [0.5, 0.25]
+    assert table["DHA / low rank"].tolist() == pytest.approx([2 * 0.9**6, 6 * 0.9**6], rel=2e-3)
+    assert table["DHA is lower"].tolist() == ["does not hold", "does not hold"]
+    fused.loc[fused["method"].str.contains("layers refitted"), "perplexity"] /= 4
+    assert against_low_rank(fused)["DHA is lower"].tolist() == ["holds", "holds"]
+
+
+def test_the_ladder_shows_every_step_in_its_order(fused):
+    figure = ladder(fused, "a title")
+    [axis] = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(STEPS.values())
+    shown = {text.get_text() for text in axis.get_legend().get_texts()}
+    assert shown == {"50%", "25%", "low rank, 50%", "low rank, 25%", "source"}
+
+
+def test_growth_is_the_exponent():
+    costs = [
+        {"case": f"{dimension} {n}", "layers": 8, "heads": 8, "hidden": 512, dimension: n}
+        for dimension, sizes in (("layers", (4, 16)), ("heads", (4, 16)), ("hidden", (256, 1024)))
+        for n in sizes
+    ] + [{"case": "base", "layers": 8, "heads": 8, "hidden": 512}]
+    costs = pd.concat([pd.DataFrame(costs).assign(stage=stage) for stage in ("fusion", "refit")])
+    costs["seconds"] = costs["layers"] * costs["heads"] ** 0.5 * costs["hidden"] ** 2.0
+    costs["peak_mib"] = costs["layers"] * costs["hidden"]
+    table = growth(costs)
+    assert table["seconds"].tolist() == pytest.approx([1, 0.5, 2])
+    assert table["peak_mib"].tolist() == pytest.approx([1, 0, 1], abs=1e-9)
+
+
+def test_ways_to_recover_are_compared_after_equal_tokens_and_seconds():
+    runs = [("attention", 100, 40), ("all", 200, 36)]
+    rows = pd.DataFrame(
+        {"start": "spectral", "loss": "distil", "trainable": trainable, "budget": 0.5, "seed": seed, "seconds": seconds}
+        | {"tokens": tokens, "perplexity": perplexity + seed}
+        for trainable, seconds, end in runs
+        for seed in range(2)
+        for tokens, perplexity in ((0, 81), (100, end))
+    )
+    table = recovery_table(ways(rows), base=20)
+    light, full = table.loc[("50.0%", "spectral, distilled, attention")], table.loc[("50.0%", "spectral, distilled, all")]
+    assert light["after all tokens"] == light["after 100 s"] == 40.5 and light["times the source's"] == 40.5 / 20
+    assert (full["lowest"], full["highest"], full["seeds"]) == (36, 37, 2)
+    assert full["after 100 s"] == pytest.approx(((81 * 36) ** 0.5 + (82 * 37) ** 0.5) / 2)  # half of its time

@@ -1,24 +1,12 @@
-"""What the CSVs of `benchmarks/results/` say, as tables and figures: the paper's claims, and what goes beyond them."""
+"""What `benchmarks/paper_claims.py` measured: the paper's claims, with a verdict for each."""
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from scipy.stats import bootstrap, spearmanr
 
 from .evaluation import interval
 from .plots import COLORS, KIND_COLORS, plain_log
-
-STEPS = {  # (method, allocation) of `benchmarks/training_free.py`
-    ("mean", "uniform"): "GQA: neighbours, mean",
-    ("spectral, standard planes", "uniform"): "spectral, standard planes",
-    ("spectral", "uniform"): "+ free planes",
-    ("spectral", "cost"): "+ searched groups, by energy",
-    ("spectral", "loss"): "+ by measured loss",
-    ("spectral, attention refitted", "loss"): "+ attention refitted",
-    ("spectral, layers refitted", "loss"): "+ layers refitted",
-}
-MEASURES = ("weight_cka", "activation_cka", "cosine", "omega", "spectral")
 
 
 def verdict(low, high, needed=0.0):
@@ -46,6 +34,12 @@ def at_best_rate(rows):
     mean = rows.groupby([*case, "learning_rate"])["perplexity"].transform("mean")
     best = mean.groupby([rows[column] for column in case]).transform("min")
     return rows[mean == best]
+
+
+def trained_by_all(rows):
+    """The most training tokens for which no method lacks a run, at any budget or with any seed."""
+    runs = rows[rows["tokens"] > 0].groupby("tokens").size()
+    return int(runs[runs == runs.max()].index.max())
 
 
 def token_savings(rows, better, worse, budget, tokens):
@@ -87,7 +81,8 @@ def paper_verdicts(rows, budget, tokens, short):
 
     quality = 100 * np.exp(gains(rows, "DHA", "source", budget, tokens))
     savings = token_savings(rows, "DHA", "GQA", budget, short)
-    bound = 0.999 * rows["tokens"].max() / short  # a saving that large was cut off by the longest run
+    longest = rows.loc[rows["method"] == "GQA", "tokens"].max()
+    bound = 0.999 * longest / short  # a saving that large was cut off by the longest run
     lower = "lower perplexity (%)"
     claims = [
         ("97.6 % of the source's quality", "source's perplexity over DHA's (%)", 97.6, quality),
@@ -108,30 +103,6 @@ def paper_verdicts(rows, budget, tokens, short):
         table.append([claim, figure, needed, mean, low, high, len(measured), word])
     columns = ["the paper says", "measured as", "needed", "mean", "low", "high", "seeds", "here"]
     return pd.DataFrame(table, columns=columns).set_index("the paper says")
-
-
-def rank_agreement(pairs, resamples=1000, seed=0):
-    """Does a pair that is more alike cost less to fuse? −Spearman's ρ of similarity and measured rise, a row per measure.
-
-    `pairs`: the rows of `benchmarks/similarity.py`, all layers. Columns (kind, "ρ" | "low" | "high"): 1 would be the same
-    order, 0 none; 95 % interval by bootstrap over the pairs.
-    """
-    table = {}
-    for kind, chosen in pairs.groupby("kind"):
-        for measure in MEASURES:
-            data = (chosen[measure].to_numpy(), chosen["rise"].to_numpy())
-            drawn = bootstrap(
-                data,
-                lambda similarity, rise: -spearmanr(similarity, rise).statistic,
-                paired=True,
-                vectorized=False,
-                n_resamples=resamples,
-                method="percentile",
-                rng=seed,
-            ).confidence_interval
-            figures = {"ρ": -spearmanr(*data).statistic, "low": drawn.low, "high": drawn.high}
-            table.setdefault(measure, {}).update({(kind, name): value for name, value in figures.items()})
-    return pd.DataFrame(table).T
 
 
 def study_lines(rows, title):
@@ -175,69 +146,3 @@ def layer_heads(plans, title):
     axis.legend()
     figure.suptitle(title)
     return figure
-
-
-def with_steps(rows):
-    """The rows of `benchmarks/training_free.py` that are a step of the ladder, named in a column `step`, in order."""
-    steps = pd.Series(list(zip(rows["method"], rows["allocation"])), index=rows.index).map(STEPS)
-    return rows.assign(step=pd.Categorical(steps, STEPS.values(), ordered=True)).dropna(subset="step").sort_values("step")
-
-
-def low_rank(rows):
-    """Perplexity of the low-rank caches, the better allocation of ranks, by budget and seed."""
-    return rows[rows["method"] == "low rank"].groupby(["budget", "seed"])["perplexity"].min()
-
-
-def against_low_rank(rows):
-    """The last step of the ladder against a low-rank cache of the same size: a row per budget, interval over the draws."""
-    best = rows[rows["method"] == "spectral, layers refitted"].set_index(["budget", "seed"])["perplexity"]
-    baseline, table = low_rank(rows), {}
-    for budget, ratios in (best / baseline).dropna().groupby("budget"):
-        mean, low, high = interval(ratios)
-        figures = {"DHA": best[budget].mean(), "low rank": baseline[budget].mean()}
-        word = verdict(1 - high, 1 - low)
-        table[budget] = figures | {"DHA / low rank": mean, "low": low, "high": high, "DHA is lower": word}
-    return pd.DataFrame(table).T.rename_axis("budget").sort_index(ascending=False)
-
-
-def ladder(rows, title):
-    """Perplexity from mean pooling to the best, step by step: a line per head budget, mean and range over the draws.
-
-    `rows`: of `benchmarks/training_free.py`; the low-rank caches of the same size are dashed lines.
-    """
-    figure, axis = plt.subplots(figsize=(9.5, 5), layout="constrained")
-    budgets = sorted(rows["budget"].unique(), reverse=True)
-    names = [f"{budget:.0%}" for budget in budgets]
-    sns.pointplot(
-        with_steps(rows).assign(budget=lambda steps: steps["budget"].map("{:.0%}".format)),
-        x="perplexity",
-        y="step",
-        hue="budget",
-        hue_order=names,
-        palette=COLORS[: len(budgets)],
-        markers=list("osD^v")[: len(budgets)],
-        errorbar=("pi", 100),
-        ax=axis,
-    )
-    baseline = low_rank(rows).groupby("budget").mean()
-    for budget, name, color in zip(budgets, names, COLORS):
-        axis.axvline(baseline[budget], color=color, linestyle="--", label=f"low rank, {name}")
-    axis.axvline(rows["base_perplexity"].mean(), color="black", linestyle=":", label="source")
-    axis.set(title=title, xlabel="validation perplexity (log scale; lower is better)", xscale="log", ylabel=None)
-    plain_log(axis.xaxis)
-    axis.legend(title="heads kept", loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-def growth(costs):
-    """How seconds and memory grow with each dimension of a random model: the exponent of a power law through its cases.
-
-    `costs`: rows of `benchmarks/conversion_cost.py`, one size of text.
-    """
-    table = {}
-    for dimension in ("layers", "heads", "hidden"):
-        cases = costs[costs["case"].str.startswith((dimension, "base"))]
-        total = cases.groupby(dimension).agg(seconds=("seconds", "sum"), peak_mib=("peak_mib", "max"))
-        sizes = np.log(total.index.to_numpy(dtype=float))
-        table[dimension] = {column: np.polyfit(sizes, np.log(total[column]), 1)[0] for column in total}
-    return pd.DataFrame(table).T.rename_axis("grows with")

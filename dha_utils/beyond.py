@@ -1,0 +1,148 @@
+"""What goes beyond the paper, from the CSVs of `benchmarks/results/`: similarity, fusion, recovery, cost."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from scipy.stats import bootstrap, spearmanr
+
+from .claims import verdict
+from .evaluation import interval
+from .plots import COLORS, plain_log
+
+STEPS = {  # (method, allocation) of `benchmarks/training_free.py`
+    ("mean", "uniform"): "GQA: neighbours, mean",
+    ("spectral, standard planes", "uniform"): "spectral, standard planes",
+    ("spectral", "uniform"): "+ free planes",
+    ("spectral", "cost"): "+ searched groups, by energy",
+    ("spectral", "loss"): "+ by measured loss",
+    ("spectral, attention refitted", "loss"): "+ attention refitted",
+    ("spectral, layers refitted", "loss"): "+ layers refitted",
+}
+MEASURES = ("weight_cka", "activation_cka", "cosine", "omega", "spectral")
+
+
+def rank_agreement(pairs, resamples=1000, seed=0):
+    """Does a pair that is more alike cost less to fuse? −Spearman's ρ of similarity and measured rise, a row per measure.
+
+    `pairs`: the rows of `benchmarks/similarity.py`, all layers. Columns (kind, "ρ" | "low" | "high"): 1 would be the same
+    order, 0 none; 95 % interval by bootstrap over the pairs.
+    """
+    table = {}
+    for kind, chosen in pairs.groupby("kind"):
+        for measure in MEASURES:
+            data = (chosen[measure].to_numpy(), chosen["rise"].to_numpy())
+            drawn = bootstrap(
+                data,
+                lambda similarity, rise: -spearmanr(similarity, rise).statistic,
+                paired=True,
+                vectorized=False,
+                n_resamples=resamples,
+                method="percentile",
+                rng=seed,
+            ).confidence_interval
+            figures = {"ρ": -spearmanr(*data).statistic, "low": drawn.low, "high": drawn.high}
+            table.setdefault(measure, {}).update({(kind, name): value for name, value in figures.items()})
+    return pd.DataFrame(table).T
+
+
+def with_steps(rows):
+    """The rows of `benchmarks/training_free.py` that are a step of the ladder, named in a column `step`, in order."""
+    steps = pd.Series(list(zip(rows["method"], rows["allocation"])), index=rows.index).map(STEPS)
+    return rows.assign(step=pd.Categorical(steps, STEPS.values(), ordered=True)).dropna(subset="step").sort_values("step")
+
+
+def low_rank(rows):
+    """Perplexity of the low-rank caches, the better allocation of ranks, by budget and seed."""
+    return rows[rows["method"] == "low rank"].groupby(["budget", "seed"])["perplexity"].min()
+
+
+def against_low_rank(rows):
+    """The last step of the ladder against a low-rank cache of the same size: a row per budget, interval over the draws."""
+    best = rows[rows["method"] == "spectral, layers refitted"].set_index(["budget", "seed"])["perplexity"]
+    baseline, table = low_rank(rows), {}
+    for budget, ratios in (best / baseline).dropna().groupby("budget"):
+        mean, low, high = interval(ratios)
+        figures = {"DHA": best[budget].mean(), "low rank": baseline[budget].mean()}
+        word = verdict(1 - high, 1 - low)
+        table[budget] = figures | {"DHA / low rank": mean, "low": low, "high": high, "DHA is lower": word}
+    return pd.DataFrame(table).T.rename_axis("budget").sort_index(ascending=False)
+
+
+def ladder(rows, title):
+    """Perplexity from mean pooling to the best, step by step: a line per head budget, mean and range over the draws.
+
+    `rows`: of `benchmarks/training_free.py`; the low-rank caches of the same size are dashed lines.
+    """
+    figure, axis = plt.subplots(figsize=(9.5, 5), layout="constrained")
+    budgets = sorted(rows["budget"].unique(), reverse=True)
+    names = [f"{budget:.0%}" for budget in budgets]
+    sns.pointplot(
+        with_steps(rows).assign(budget=lambda steps: steps["budget"].map("{:.0%}".format)),
+        x="perplexity",
+        y="step",
+        hue="budget",
+        hue_order=names,
+        palette=COLORS[: len(budgets)],
+        markers=list("osD^v")[: len(budgets)],
+        errorbar=("pi", 100),
+        ax=axis,
+    )
+    baseline = low_rank(rows).groupby("budget").mean()
+    for budget, name, color in zip(budgets, names, COLORS):
+        axis.axvline(baseline[budget], color=color, linestyle="--", label=f"low rank, {name}")
+    axis.axvline(rows["base_perplexity"].mean(), color="black", linestyle=":", label="source")
+    axis.set(title=title, xlabel="validation perplexity (log scale; lower is better)", xscale="log", ylabel=None)
+    plain_log(axis.xaxis)
+    axis.legend(title="heads kept", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def growth(costs):
+    """How seconds and memory grow with each dimension of a random model: the exponent of a power law through its cases.
+
+    `costs`: rows of `benchmarks/conversion_cost.py`, one size of text.
+    """
+    table = {}
+    for dimension in ("layers", "heads", "hidden"):
+        cases = costs[costs["case"].str.startswith((dimension, "base"))]
+        total = cases.groupby(dimension).agg(seconds=("seconds", "sum"), peak_mib=("peak_mib", "max"))
+        sizes = np.log(total.index.to_numpy(dtype=float))
+        table[dimension] = {column: np.polyfit(sizes, np.log(total[column]), 1)[0] for column in total}
+    return pd.DataFrame(table).T.rename_axis("grows with")
+
+
+def ways(rows):
+    """The rows of `benchmarks/recovery.py` with a column `method` that names start, loss and what was trained."""
+    losses = rows["loss"].map({"distil": "distilled", "lm": "LM loss"})
+    return rows.assign(method=rows["start"] + ", " + losses + ", " + rows["trainable"])
+
+
+def recovery_table(rows, base):
+    """Each way to recover after equal tokens and after equal seconds (those of the quickest), mean and range over seeds.
+
+    `rows`: of `ways`, of one model and one number of tokens; `base`: the perplexity of the source. The loss after equal
+    seconds is read off the line between its measured points.
+    """
+    rows = rows[rows["budget"] < 1]
+    quickest, table = rows["seconds"].min(), {}
+    for (budget, method), chosen in rows.groupby(["budget", "method"], sort=False):
+        runs = [run.sort_values("tokens") for _, run in chosen.groupby("seed")]
+        last = np.array([run["perplexity"].iloc[-1] for run in runs])
+        timed = [
+            np.exp(
+                np.interp(quickest / run["seconds"].iloc[0], run["tokens"] / run["tokens"].max(), np.log(run["perplexity"]))
+            )
+            for run in runs
+        ]
+        table[f"{budget:.1%}", method] = {
+            "start": np.mean([run["perplexity"].iloc[0] for run in runs]),
+            "after all tokens": last.mean(),
+            "lowest": last.min(),
+            "highest": last.max(),
+            "times the source's": last.mean() / base,
+            "seconds": chosen["seconds"].mean(),
+            f"after {quickest:,.0f} s": np.mean(timed),
+            "seeds": len(runs),
+        }
+    return pd.DataFrame(table).T.rename_axis(["budget", "way"])

@@ -83,7 +83,7 @@ test: setup
 # Execute the committed notebooks again, in place (no bars in their outputs)
 notebooks: setup
 	rm -rf runs/tutorial
-	$(QUIET) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS:%=notebooks/%.ipynb)
+	$(QUIET) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS:%=notebooks/%.ipynb) notebooks/studies/*.ipynb
 
 test-slow: setup
 	$(QUIET) $(BIN)/pytest -m slow

@@ -3,12 +3,13 @@
     python benchmarks/similarity.py                                            # wiki-mha, about 10 minutes on one core
     python benchmarks/similarity.py --model smollm2-135m --length 512 --blocks 16
 
-Half of the calibration blocks make the fusion and the measures, the other half measure the rise of the loss. Writes one
-row a pair to results/similarity_MODEL.csv. The ω score comes from the paper's search, on training text.
+Half of the calibration blocks make the fusion and the measures, the other half measure what it costs: the rise of the
+loss, and the divergence from the source's predictions, which has less noise. Writes one row a pair to
+results/similarity_MODEL.csv. The ω score comes from the paper's search, on training text.
 """
 
 import argparse
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import pandas as pd
@@ -17,11 +18,11 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from dha_utils import head_similarity, load_checkpoint, load_text, token_blocks
-from dha_utils.evaluation import log_probabilities, token_losses, true_losses
+from dha_utils.evaluation import log_probabilities, scored_tokens, true_losses
 from dha_utils.fusion import spectral_layers
 from dha_utils.runs import ROOT, write_whole
 from dha_utils.search import search_scores
-from dha_utils.sensitivity import fused_in_place, layer_inputs
+from dha_utils.sensitivity import KINDS, fused_in_place, layer_inputs, mean_divergence
 from dha_utils.statistics import with_bias
 
 HERE = Path(__file__).parent
@@ -59,23 +60,32 @@ def omega_similarity(scores, heads):
 
 
 @torch.no_grad()
-def measured_rises(model, fitted, held_out):
-    """{(layer, kind, i, j): (rise, its standard error over blocks)} of the LM loss, in nats a token."""
+def measured_costs(model, fitted, held_out):
+    """For every (layer, kind, i, j) what it costs that the pair shares a head, in nats a token: a dictionary of columns.
+
+    `rise` of the LM loss, with its `standard_error` over blocks, and the `divergence` from the source's predictions.
+    """
     layers = spectral_layers(model, fitted)
-    inputs, base = layer_inputs(model, held_out), token_losses(model, held_out).mean(1)
+    inputs, reference = layer_inputs(model, held_out), list(log_probabilities(model, held_out))
+    base = block_losses(reference, held_out)
     heads = model.config.num_key_value_heads
-    pairs = list(combinations(range(heads), 2))
-    rises = {}
-    for index in tqdm(range(len(layers)), "layers"):
-        for kind in ("key", "value"):
-            for i, j in pairs:
-                groups = [[i, j], *([head] for head in range(heads) if head not in (i, j))]
-                with fused_in_place(model, index, kind, groups, layers):
-                    predictions = log_probabilities(model, held_out, index, inputs[index])
-                    losses = [true_losses(prediction, block[1:]).mean() for prediction, block in zip(predictions, held_out)]
-                rise = torch.stack(losses) - base
-                rises[index, kind, i, j] = rise.mean().item(), (rise.std() / len(rise) ** 0.5).item()
-    return rises
+    costs = {}
+    cases = product(range(len(layers)), KINDS, combinations(range(heads), 2))
+    for index, kind, (i, j) in tqdm(list(cases), "pairs"):
+        groups = [[i, j], *([head] for head in range(heads) if head not in (i, j))]
+        with fused_in_place(model, index, kind, groups, layers):
+            predictions = list(log_probabilities(model, held_out, index, inputs[index]))
+        rises = block_losses(predictions, held_out) - base
+        costs[index, kind, i, j] = {
+            "rise": rises.mean().item(),
+            "standard_error": (rises.std() / len(rises) ** 0.5).item(),
+            "divergence": mean_divergence(predictions, reference).item(),
+        }
+    return costs
+
+
+def block_losses(predictions, blocks):
+    return torch.stack([true_losses(prediction, block[1:]).mean() for prediction, block in zip(predictions, blocks)])
 
 
 def main():
@@ -102,8 +112,9 @@ def main():
     rows = [
         {"layer": layer, "kind": kind, "i": i, "j": j}
         | {metric: values[kind][layer, i, j].item() for metric, values in measures.items()}
-        | {"rise": rise, "standard_error": error, "tokens": held_out[:, 1:].numel()}
-        for (layer, kind, i, j), (rise, error) in measured_rises(model, fitted, held_out).items()
+        | cost
+        | {"tokens": scored_tokens(held_out)}
+        for (layer, kind, i, j), cost in measured_costs(model, fitted, held_out).items()
     ]
     write_whole(out, pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
 

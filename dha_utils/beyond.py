@@ -22,19 +22,19 @@ STEPS = {  # (method, allocation) of `benchmarks/training_free.py`
 MEASURES = ("weight_cka", "activation_cka", "cosine", "omega", "spectral")
 
 
-def rank_agreement(pairs, resamples=1000, seed=0):
-    """Does a pair that is more alike cost less to fuse? −Spearman's ρ of similarity and measured rise, a row per measure.
+def rank_agreement(pairs, cost="divergence", resamples=1000, seed=0):
+    """Does a pair that is more alike cost less to fuse? −Spearman's ρ of similarity and measured cost, a row per measure.
 
-    `pairs`: the rows of `benchmarks/similarity.py`, all layers. Columns (kind, "ρ" | "low" | "high"): 1 would be the same
-    order, 0 none; 95 % interval by bootstrap over the pairs.
+    `pairs`: the rows of `benchmarks/similarity.py`, all layers; `cost`: "divergence" or "rise". Columns
+    (kind, "ρ" | "low" | "high"): 1 would be the same order, 0 none; 95 % interval by bootstrap over the pairs.
     """
     table = {}
     for kind, chosen in pairs.groupby("kind"):
         for measure in MEASURES:
-            data = (chosen[measure].to_numpy(), chosen["rise"].to_numpy())
+            data = (chosen[measure].to_numpy(), chosen[cost].to_numpy())
             drawn = bootstrap(
                 data,
-                lambda similarity, rise: -spearmanr(similarity, rise).statistic,
+                lambda similarity, price: -spearmanr(similarity, price).statistic,
                 paired=True,
                 vectorized=False,
                 n_resamples=resamples,

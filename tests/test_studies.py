@@ -106,7 +106,7 @@ def test_interval_is_students():
 def test_rank_agreement_is_minus_spearmans():
     random = np.random.default_rng(0)
     pairs = pd.DataFrame({measure: random.random(60) for measure in MEASURES} | {"kind": ["key", "value"] * 30})
-    pairs["rise"] = np.exp(-pairs["spectral"])
+    pairs["divergence"] = np.exp(-pairs["spectral"])
     table = rank_agreement(pairs, resamples=200)
     assert list(table.index) == list(MEASURES)
     assert table.loc["spectral", [("key", "ρ"), ("value", "low")]].tolist() == pytest.approx([1, 1])

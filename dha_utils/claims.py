@@ -45,18 +45,16 @@ def trained_by_all(rows):
 def token_savings(rows, better, worse, budget, tokens):
     """How many times the tokens `worse` needs for what `better` reaches after `tokens`, seed by seed.
 
-    Read off the line between the measured points of `worse` over ln(tokens), each the best so far; where even the longest
-    run is not as good, the factor up to there, which is then a lower bound.
+    Read off the line between the measured points of `worse`, the untrained one among them, each the best so far; where even
+    the longest run is not as good, the factor up to there, which is then a lower bound.
     """
     savings = {}
-    at_budget = rows[np.isclose(rows["budget"], budget) & (rows["tokens"] > 0)]
-    for seed, run in at_budget.groupby("seed"):
+    for seed, run in rows[np.isclose(rows["budget"], budget)].groupby("seed"):
         reached = run[(run["method"] == better) & (run["tokens"] == tokens)]["perplexity"]
         line = run[run["method"] == worse].sort_values("tokens")
         if len(reached) and len(line):
             best = line["perplexity"].cummin()[::-1]
-            needed = np.interp(np.log(reached.iloc[0]), np.log(best), np.log(line["tokens"][::-1]))
-            savings[seed] = float(np.exp(needed) / tokens)
+            savings[seed] = np.interp(np.log(reached.iloc[0]), np.log(best), line["tokens"][::-1]) / tokens
     return pd.Series(savings)
 
 
@@ -105,14 +103,14 @@ def paper_verdicts(rows, budget, tokens, short):
     return pd.DataFrame(table, columns=columns).set_index("the paper says")
 
 
-def study_lines(rows, title):
+def study_lines(rows, title, logarithmic=True):
     """Perplexity over training tokens, a line per method with the range over seeds; one panel per head budget.
 
     `rows`: columns method, budget, tokens, seed, perplexity; the source (budget 1) stands in every panel.
     """
     budgets = sorted(set(rows["budget"]) - {1.0}, reverse=True)
     figure, axes = plt.subplots(1, len(budgets), figsize=(6.5 * len(budgets), 5.2), sharey=True, layout="constrained")
-    methods = list(dict.fromkeys(rows["method"]))
+    methods, tokens = list(dict.fromkeys(rows["method"])), sorted(set(rows["tokens"]))
     style = {
         "hue_order": methods,
         "style_order": methods,
@@ -124,25 +122,56 @@ def study_lines(rows, title):
         chosen, last = rows[rows["budget"].isin([budget, 1.0])], budget == budgets[-1]
         columns = {"x": "tokens", "y": "perplexity", "hue": "method", "style": "method"}
         sns.lineplot(chosen, **columns, **style, errorbar=("pi", 100), ax=axis, legend=last)
-        axis.set(title=f"{budget:.0%} of the heads", xlabel="training tokens, search included")
-        axis.set(ylabel="validation perplexity (log scale)", yscale="log")
-        axis.set_xscale("symlog", linthresh=chosen.loc[chosen["tokens"] > 0, "tokens"].min())
-        plain_log(axis.yaxis)
+        scale = " (log scale)" if logarithmic else ""
+        axis.set(title=f"{100 * budget:g}% of the heads", xlabel=f"training tokens{scale}")
+        axis.set(ylabel=f"validation perplexity{scale}")
+        if logarithmic:
+            axis.set_yscale("log")
+            plain_log(axis.yaxis)
+            axis.set_xscale("symlog", linthresh=max(tokens[1], 1))
+        axis.margins(x=0.1)
+        axis.set_xticks(tokens, [f"{count:,}" for count in tokens])
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title)
     return figure
 
 
+def method_points(rows, title):
+    """The perplexity of each method at one number of tokens, mean and range over the seeds, a colour per head budget."""
+    figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    names = [f"{100 * budget:g}%" for budget in sorted(set(rows["budget"]) - {1.0}, reverse=True)]
+    sns.pointplot(
+        rows[rows["budget"] < 1].assign(budget=lambda chosen: [f"{100 * budget:g}%" for budget in chosen["budget"]]),
+        x="perplexity",
+        y="method",
+        hue="budget",
+        hue_order=names,
+        palette=COLORS[: len(names)],
+        markers=list("osD^v")[: len(names)],
+        linestyle="none",
+        dodge=0.3,
+        errorbar=("pi", 100),
+        ax=axis,
+    )
+    control = rows.loc[rows["method"] == "source", "perplexity"]
+    axis.axvspan(control.min(), control.max(), color="black", alpha=0.3, label="source, same tokens")
+    axis.set(title=title, xlabel="validation perplexity (lower is better)", ylabel=None)
+    axis.legend(title="heads kept", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
 def layer_heads(plans, title):
     """Key and value heads over the layers, mean and range over seeds; a panel per item of {name: [seeds, layers, 2]}."""
-    figure, axes = plt.subplots(1, len(plans), figsize=(5 * len(plans), 3.6), sharey=True, layout="constrained")
-    for axis, (name, heads) in zip(np.atleast_1d(axes), plans.items()):
+    figure, axes = plt.subplots(2, len(plans) // 2, figsize=(9, 6), sharex=True, sharey=True, layout="constrained")
+    for axis, (name, heads) in zip(axes.flat, plans.items()):
         for kind, marker in ((0, "o"), (1, "s")):
             label, layers = ("key", "value")[kind], np.arange(heads.shape[1])
             axis.plot(layers, heads[..., kind].mean(0), marker=marker, label=f"{label} heads", color=KIND_COLORS[label])
             low, high = heads[..., kind].min(0), heads[..., kind].max(0)
             axis.fill_between(layers, low, high, alpha=0.2, color=KIND_COLORS[label])
-        axis.set(title=f"budget {name}", xlabel="layer", ylabel="heads kept", ylim=(0, None))
+        axis.set(title=name, xlabel="layer", ylabel="heads kept")
+        axis.label_outer()
+    axis.set_ylim(0, None)
     axis.legend()
     figure.suptitle(title)
     return figure

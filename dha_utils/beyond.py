@@ -6,7 +6,7 @@ import pandas as pd
 import seaborn as sns
 from scipy.stats import bootstrap, spearmanr
 
-from .claims import verdict
+from .claims import at_best_rate, verdict
 from .evaluation import interval
 from .plots import COLORS, plain_log
 
@@ -76,9 +76,9 @@ def ladder(rows, title):
     """
     figure, axis = plt.subplots(figsize=(9.5, 5), layout="constrained")
     budgets = sorted(rows["budget"].unique(), reverse=True)
-    names = [f"{budget:.0%}" for budget in budgets]
+    names = [f"{100 * budget:.3g}%" for budget in budgets]
     sns.pointplot(
-        with_steps(rows).assign(budget=lambda steps: steps["budget"].map("{:.0%}".format)),
+        with_steps(rows).assign(budget=lambda steps: [f"{100 * budget:.3g}%" for budget in steps["budget"]]),
         x="perplexity",
         y="step",
         hue="budget",
@@ -113,9 +113,14 @@ def growth(costs):
 
 
 def ways(rows):
-    """The rows of `benchmarks/recovery.py` with a column `method` that names start, loss and what was trained."""
+    """The rows of `benchmarks/recovery.py` with a column `method` that names start, loss and what was trained.
+
+    Of each, the runs at the learning rate that is best in the end, on the mean over the seeds.
+    """
     losses = rows["loss"].map({"distil": "distilled", "lm": "LM loss"})
-    return rows.assign(method=rows["start"] + ", " + losses + ", " + rows["trainable"])
+    rows = rows.assign(method=rows["start"] + ", " + losses + ", " + rows["trainable"])
+    best = at_best_rate(rows[rows["tokens"] == rows["total_tokens"]])
+    return rows.merge(best[["method", "budget", "total_tokens", "learning_rate"]].drop_duplicates())
 
 
 def recovery_table(rows, base):

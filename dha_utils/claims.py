@@ -129,8 +129,11 @@ def study_lines(rows, title, logarithmic=True):
             axis.set_yscale("log")
             plain_log(axis.yaxis)
             axis.set_xscale("symlog", linthresh=max(tokens[1], 1))
+            axis.set_xticks(tokens)
+        else:
+            axis.xaxis.get_major_locator().set_params(nbins=4)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.margins(x=0.1)
-        axis.set_xticks(tokens, [f"{count:,}" for count in tokens])
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title)
     return figure

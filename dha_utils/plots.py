@@ -14,8 +14,13 @@ SHEET = "cividis"  # a map that reads the same with every kind of colour vision
 
 def plain_log(axis):
     """Numbers as people write them on a logarithmic `axis.xaxis` or `axis.yaxis`."""
+
+    def between(x, _):
+        low, high = axis.get_view_interval()
+        return f"{x:,g}" if high < 100 * low and f"{x:g}"[0] in "235" else ""
+
     axis.set_major_formatter("{x:,g}")
-    axis.set_minor_formatter(lambda x, _: f"{x:,g}" if str(f"{x:g}")[0] in "235" else "")
+    axis.set_minor_formatter(between)
 
 
 def similarity_maps(similarity, layers, title):

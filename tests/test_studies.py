@@ -164,11 +164,11 @@ def test_growth_is_the_exponent():
 
 
 def test_ways_to_recover_are_compared_after_equal_tokens_and_seconds():
-    runs = [("attention", 100, 40), ("all", 200, 36)]
+    runs = [("attention", 100, 40, 5e-4), ("all", 200, 50, 5e-4), ("all", 200, 36, 2e-4)]
     rows = pd.DataFrame(
         {"start": "spectral", "loss": "distil", "trainable": trainable, "budget": 0.5, "seed": seed, "seconds": seconds}
-        | {"tokens": tokens, "perplexity": perplexity + seed}
-        for trainable, seconds, end in runs
+        | {"tokens": tokens, "total_tokens": 100, "perplexity": perplexity + seed, "learning_rate": rate}
+        for trainable, seconds, end, rate in runs
         for seed in range(2)
         for tokens, perplexity in ((0, 81), (100, end))
     )

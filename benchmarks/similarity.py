@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from dha_utils import head_similarity, load_checkpoint, load_text, token_blocks
-from dha_utils.evaluation import log_probabilities, scored_tokens, true_losses
+from dha_utils.evaluation import block_losses, log_probabilities, scored_tokens
 from dha_utils.fusion import spectral_layers
 from dha_utils.runs import ROOT, write_whole
 from dha_utils.search import search_scores
@@ -67,7 +67,7 @@ def measured_costs(model, fitted, held_out):
     """
     layers = spectral_layers(model, fitted)
     inputs, reference = layer_inputs(model, held_out), list(log_probabilities(model, held_out))
-    base = block_losses(reference, held_out)
+    base = block_losses(reference, held_out[:, 1:])
     heads = model.config.num_key_value_heads
     costs = {}
     cases = product(range(len(layers)), KINDS, combinations(range(heads), 2))
@@ -75,17 +75,13 @@ def measured_costs(model, fitted, held_out):
         groups = [[i, j], *([head] for head in range(heads) if head not in (i, j))]
         with fused_in_place(model, index, kind, groups, layers):
             predictions = list(log_probabilities(model, held_out, index, inputs[index]))
-        rises = block_losses(predictions, held_out) - base
+        rises = block_losses(predictions, held_out[:, 1:]) - base
         costs[index, kind, i, j] = {
             "rise": rises.mean().item(),
             "standard_error": (rises.std() / len(rises) ** 0.5).item(),
             "divergence": mean_divergence(predictions, reference).item(),
         }
     return costs
-
-
-def block_losses(predictions, blocks):
-    return torch.stack([true_losses(prediction, block[1:]).mean() for prediction, block in zip(predictions, blocks)])
 
 
 def main():

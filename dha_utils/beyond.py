@@ -3,12 +3,11 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from scipy.stats import bootstrap, spearmanr
 
-from .claims import at_best_rate, verdict
+from .claims import at_best_rate, budget_points, verdict
 from .evaluation import interval
-from .plots import COLORS, plain_log
+from .plots import plain_log
 
 STEPS = {  # (method, allocation) of `benchmarks/training_free.py`
     ("mean", "uniform"): "GQA: neighbours, mean",
@@ -52,6 +51,12 @@ def with_steps(rows):
     return rows.assign(step=pd.Categorical(steps, STEPS.values(), ordered=True)).dropna(subset="step").sort_values("step")
 
 
+def step_table(rows):
+    """Mean perplexity over the draws: a row per step of the ladder, a column per head budget, the largest first."""
+    table = with_steps(rows).pivot_table(index="step", columns="budget", values="perplexity", observed=True)
+    return table.sort_index(axis=1, ascending=False)
+
+
 def low_rank(rows):
     """Perplexity of the low-rank caches, the better allocation of ranks, by budget and seed."""
     return rows[rows["method"] == "low rank"].groupby(["budget", "seed"])["perplexity"].min()
@@ -75,21 +80,8 @@ def ladder(rows, title):
     `rows`: of `benchmarks/training_free.py`; the low-rank caches of the same size are dashed lines.
     """
     figure, axis = plt.subplots(figsize=(9.5, 5), layout="constrained")
-    budgets = sorted(rows["budget"].unique(), reverse=True)
-    names = [f"{100 * budget:.3g}%" for budget in budgets]
-    sns.pointplot(
-        with_steps(rows).assign(budget=lambda steps: [f"{100 * budget:.3g}%" for budget in steps["budget"]]),
-        x="perplexity",
-        y="step",
-        hue="budget",
-        hue_order=names,
-        palette=COLORS[: len(budgets)],
-        markers=list("osD^v")[: len(budgets)],
-        errorbar=("pi", 100),
-        ax=axis,
-    )
     baseline = low_rank(rows).groupby("budget").mean()
-    for budget, name, color in zip(budgets, names, COLORS):
+    for budget, (name, color) in budget_points(with_steps(rows), "step", axis).items():
         axis.axvline(baseline[budget], color=color, linestyle="--", label=f"low rank, {name}")
     axis.axvline(rows["base_perplexity"].mean(), color="black", linestyle=":", label="source")
     axis.set(title=title, xlabel="validation perplexity (log scale; lower is better)", xscale="log", ylabel=None)

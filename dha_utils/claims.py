@@ -139,23 +139,32 @@ def study_lines(rows, title, logarithmic=True):
     return figure
 
 
+def budget_points(rows, y, axis, **style):
+    """Points of perplexity over the categories `y`, mean and range over the seeds, a colour and a marker per head budget.
+
+    Returns {budget: (its name, its colour)}.
+    """
+    budgets = sorted(set(rows["budget"]), reverse=True)
+    names = {budget: f"{100 * budget:.3g}%" for budget in budgets}
+    sns.pointplot(
+        rows.assign(budget=rows["budget"].map(names)),
+        x="perplexity",
+        y=y,
+        hue="budget",
+        hue_order=names.values(),
+        palette=COLORS[: len(budgets)],
+        markers=list("osD^v")[: len(budgets)],
+        errorbar=("pi", 100),
+        ax=axis,
+        **style,
+    )
+    return {budget: (name, color) for (budget, name), color in zip(names.items(), COLORS)}
+
+
 def method_points(rows, title):
     """The perplexity of each method at one number of tokens, mean and range over the seeds, a colour per head budget."""
     figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
-    names = [f"{100 * budget:g}%" for budget in sorted(set(rows["budget"]) - {1.0}, reverse=True)]
-    sns.pointplot(
-        rows[rows["budget"] < 1].assign(budget=lambda chosen: [f"{100 * budget:g}%" for budget in chosen["budget"]]),
-        x="perplexity",
-        y="method",
-        hue="budget",
-        hue_order=names,
-        palette=COLORS[: len(names)],
-        markers=list("osD^v")[: len(names)],
-        linestyle="none",
-        dodge=0.3,
-        errorbar=("pi", 100),
-        ax=axis,
-    )
+    budget_points(rows[rows["budget"] < 1], "method", axis, linestyle="none", dodge=0.3)
     control = rows.loc[rows["method"] == "source", "perplexity"]
     axis.axvspan(control.min(), control.max(), color="black", alpha=0.3, label="source, same tokens")
     axis.set(title=title, xlabel="validation perplexity (lower is better)", ylabel=None)

@@ -19,6 +19,11 @@ def true_losses(prediction, tokens):
     return nll_loss(prediction, tokens.to(prediction.device), reduction="none")
 
 
+def block_losses(predictions, tokens):
+    """Mean LM loss, nats a token, of each block: [blocks], from log-probabilities of the true `tokens` [blocks, n]."""
+    return torch.stack([true_losses(prediction, block).mean() for prediction, block in zip(predictions, tokens)])
+
+
 @torch.no_grad()
 def log_probabilities(model, blocks, first_layer=0, hidden_states=None, every=1):
     """Yields, block by block, the log-probabilities of the tokens after the first: [length − 1, vocabulary].

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import kl_div
 from tqdm import tqdm
 
-from .evaluation import log_probabilities, true_losses
+from .evaluation import block_losses, log_probabilities
 from .fusion import check_method, fuse, fuse_layer, fused_attention, spectral_layers
 from .grouping import HeadPlan, best_partitions
 from .spectral import mean_cost
@@ -66,7 +66,8 @@ def loss_rises(model, blocks, method="spectral", seed=0):
     partitions = group_heads(model, fitted, method, layers)
     heads = model.config.num_key_value_heads
     inputs, reference = layer_inputs(model, held_out), list(log_probabilities(model, held_out, every=2))
-    base = mean_loss(reference, held_out)
+    true = held_out[:, 1::2]
+    base = block_losses(reference, true).mean()
     divergences, together = torch.zeros(len(partitions), 2, heads), torch.zeros(2, heads)
     with tqdm(total=divergences[..., 1:].numel(), desc="measuring losses", leave=False) as steps:
         for kind, n in product(range(2), range(1, heads)):
@@ -78,15 +79,10 @@ def loss_rises(model, blocks, method="spectral", seed=0):
                 steps.update()
             counts = [[n, heads] if kind == 0 else [heads, n]] * len(partitions)
             fused = fuse(model, plan_of_counts(partitions, counts), method=method, layers=layers)
-            together[kind, n - 1] = mean_loss(log_probabilities(fused, held_out, every=2), held_out) - base
+            together[kind, n - 1] = block_losses(log_probabilities(fused, held_out, every=2), true).mean() - base
     divergences = monotone(divergences)
     scale = together / divergences.sum(0).clamp(min=1e-6)
     return monotone(divergences * scale.clamp(min=0))
-
-
-def mean_loss(predictions, blocks):
-    """LM loss, nats a token, of `log_probabilities` of every second token of `blocks`."""
-    return torch.stack([true_losses(new, block[1::2]).mean() for new, block in zip(predictions, blocks)]).mean()
 
 
 def mean_divergence(predictions, reference):

@@ -6,7 +6,8 @@
 
 Tokens are counted from the first step of the search; a run at T tokens has its own schedule. A tenth of them goes to the
 search (at most its 240 steps), at most half to learning the fusion, the rest to continued pre-training of all weights on
-the LM loss, at each of the learning rates: what suits a broken start is too fast for one that is nearly the source.
+the LM loss, at each of the learning rates: what suits a broken start is too fast for one that is nearly the source. Where
+the CSV has fewer tokens already, only at the one that did best there, for each method and budget apart.
 Runs resume, and those that the CSV already has are not repeated.
 """
 
@@ -27,10 +28,11 @@ from dha_utils import (
     token_blocks,
 )
 from dha_utils.allocation import heads_for_budget, knapsack, neighbours_plan, uniform_counts, uniform_plan
+from dha_utils.claims import at_best_rate
 from dha_utils.evaluation import scored_tokens
 from dha_utils.grouping import pairwise_cost
 from dha_utils.linear import learn_fusion
-from dha_utils.runs import ROOT, append_rows, has_row
+from dha_utils.runs import ROOT, append_rows, has_row, read_rows
 from dha_utils.search import anneal, score_partitions, search_scores
 from dha_utils.sensitivity import partition_costs, plan_of_counts
 from dha_utils.text import drawn
@@ -156,6 +158,18 @@ def planned_runs(arguments):
                     yield {"method": method, "budget": share, "tokens": tokens, "seed": seed}
 
 
+def best_rate_below(out, run, rates):
+    """Of the learning rates, the one that did best with the most tokens below this run's; all if none has been tried."""
+    rows = read_rows(out)
+    if len(rows):
+        same = (rows["method"] == run["method"]) & (rows["budget"] == run["budget"])
+        rows = rows[same & (rows["tokens"] < run["tokens"]) & rows["learning_rate"].isin(rates)]
+    if not len(rows):
+        return rates
+    below = rows[rows["tokens"] == rows["tokens"].max()]
+    return at_best_rate(below)["learning_rate"].unique().tolist()
+
+
 def measure(study, run, learning_rates):
     """The rows of one run, one for each learning rate of the pre-training; without tokens to train on they are one."""
     folder = ROOT / "runs" / "paper_claims" / study.name / "-".join(str(part).replace(" ", "_") for part in run.values())
@@ -200,7 +214,7 @@ def main():
     out = arguments.out or HERE / "results" / f"paper_claims_{Path(arguments.model).name}.csv"
     study = Study(arguments)
     for run in planned_runs(arguments):
-        rates = arguments.learning_rates if run["tokens"] else [0.0]
+        rates = best_rate_below(out, run, arguments.learning_rates) if run["tokens"] else [0.0]
         rates = [rate for rate in rates if not has_row(out, run | {"learning_rate": rate})]
         if not rates:
             continue

@@ -1,7 +1,8 @@
 """The paper's method and its claims at a scale anyone can rerun: eight ways to the same head budget, on the same tokens.
 
     python benchmarks/paper_claims.py                                 # wiki-mha, 25 % and 50 %, seeds 0-2; days on one core
-    python benchmarks/paper_claims.py --seeds 0 & python benchmarks/paper_claims.py --seeds 1     # may run side by side
+    python benchmarks/paper_claims.py --tokens 0 100000 --seeds 0 &   # other seeds may run beside it; longer runs only
+    python benchmarks/paper_claims.py --tokens 0 100000 --seeds 1 2   # after both: all seeds together choose their rate
     python benchmarks/paper_claims.py --model smollm2-135m --length 512 --budgets 0.5 --tokens 0 100000
 
 Tokens are counted from the first step of the search; a run at T tokens has its own schedule. A tenth of them goes to the

@@ -51,7 +51,7 @@ def source_model(case, blocks, length, device):
     """The checkpoint of that name with calibration text, or the random model of that shape with random tokens."""
     if case not in SHAPES:
         model, tokenizer = load_checkpoint(case, device=device)
-        return model, token_blocks(tokenizer, load_text("wikipedia", "calibration"), length, blocks)
+        return model, token_blocks(tokenizer, load_text("wikipedia", "train"), length, blocks)
     shape = SHAPES[case]
     torch.manual_seed(0)
     config = LlamaConfig(

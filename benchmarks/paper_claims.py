@@ -66,13 +66,9 @@ class Study:
     def __init__(self, arguments):
         self.name, self.length = Path(arguments.model).name, arguments.length
         self.source, tokenizer = load_checkpoint(arguments.model)
-        self.training, self.calibration, self.validation = (
+        self.training, self.validation = (
             token_blocks(tokenizer, load_text("wikipedia", split), arguments.length, limit)
-            for split, limit in (
-                ("train", None),
-                ("calibration", None),
-                ("validation", arguments.validation_blocks),
-            )
+            for split, limit in (("train", None), ("validation", arguments.validation_blocks))
         )
         self.calibration_blocks = arguments.calibration_blocks
 
@@ -129,8 +125,8 @@ def fusion_step(tokens, length):
 
 
 def spectral(study, budget, tokens, seed, folder):
-    """(g) ours: spectral fusion, heads allocated by measured loss, on calibration text drawn by the seed."""
-    calibration = drawn(study.calibration, study.calibration_blocks, seed)
+    """(g) ours: spectral fusion, heads allocated by measured loss, on calibration blocks drawn by the seed."""
+    calibration = drawn(study.training, study.calibration_blocks, seed)
     return fuse(study.source, plan_heads(study.source, calibration, budget), calibration), 0
 
 

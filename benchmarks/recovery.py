@@ -38,7 +38,7 @@ def parse_arguments():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="adapters get ten times as much")
     parser.add_argument("--length", type=int, default=512, help="tokens a block")
-    parser.add_argument("--calibration-blocks", type=int, default=8)
+    parser.add_argument("--calibration-blocks", type=int, default=32)
     parser.add_argument("--validation-blocks", type=int, default=8)
     parser.add_argument("--out", type=Path, help="default: results/recovery_MODEL.csv beside this script")
     return parser.parse_args()
@@ -77,7 +77,7 @@ def main():
     calibration, validation, training = (
         token_blocks(tokenizer, load_text("wikipedia", split), arguments.length, limit)
         for split, limit in (
-            ("calibration", arguments.calibration_blocks),
+            ("train", arguments.calibration_blocks),
             ("validation", arguments.validation_blocks),
             ("train", None),
         )

@@ -89,8 +89,10 @@ def main():
     name = Path(arguments.model).name
     out = arguments.out or HERE / "results" / f"similarity_{name}.csv"
     model, tokenizer = load_checkpoint(arguments.model)
-    calibration = token_blocks(tokenizer, load_text("wikipedia", "calibration"), arguments.length, arguments.blocks)
-    training = token_blocks(tokenizer, load_text("wikipedia", "train"), arguments.length)
+    calibration, training = (
+        token_blocks(tokenizer, load_text("wikipedia", "train"), arguments.length, limit)
+        for limit in (arguments.blocks, None)
+    )
     fitted, held_out = calibration[0::2], calibration[1::2]
     history = search_scores(
         model,

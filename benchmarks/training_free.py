@@ -1,13 +1,12 @@
 """Perplexity after fusion without any training, over budgets, methods and calibration draws, beside low-rank caches.
 
-    python benchmarks/training_free.py                       # smollm2-135m, into results/training_free_smollm2-135m.csv
-    python benchmarks/training_free.py --calibration-blocks 32 --refit
+    python benchmarks/training_free.py --refit               # smollm2-135m, into results/training_free_smollm2-135m.csv
     python benchmarks/training_free.py --model wiki-mha --length 256 --calibration-blocks 64 --validation-blocks 64 \
         --budgets 0.5 0.25 0.1875 0.125 --refit
 
-Every row stands for one model: the same validation blocks for all, calibration blocks drawn by the seed. The rises of the
-loss are measured on 4,096 tokens of them. Rows that the CSV already has are not measured again, so an interrupted run
-resumes, and processes with other seeds may run beside it.
+Every row stands for one model: the same validation blocks for all, calibration blocks drawn by the seed from the training
+split, whose articles are many: what is fitted to a few of them serves the others badly. Rows that the CSV already has are
+not measured again, so an interrupted run resumes, and processes with other seeds may run beside it.
 """
 
 import argparse
@@ -38,7 +37,7 @@ def parse_arguments():
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--budgets", type=float, nargs="+", default=[2 / 3, 0.5, 1 / 3])
     parser.add_argument("--length", type=int, default=512, help="tokens a block")
-    parser.add_argument("--calibration-blocks", type=int, default=8)
+    parser.add_argument("--calibration-blocks", type=int, default=32)
     parser.add_argument("--validation-blocks", type=int, default=8)
     parser.add_argument("--refit", action="store_true", help="also fit the fused models to the source layer by layer")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration draws")
@@ -131,7 +130,7 @@ def main():
         print(markdown_table(out))
         return
     source, tokenizer = load_checkpoint(arguments.model)
-    pool = token_blocks(tokenizer, load_text("wikipedia", "calibration"), arguments.length)
+    pool = token_blocks(tokenizer, load_text("wikipedia", "train"), arguments.length)
     validation = token_blocks(
         tokenizer, load_text("wikipedia", "validation"), arguments.length, arguments.validation_blocks
     )

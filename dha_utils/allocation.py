@@ -22,7 +22,6 @@ def plan_heads(
     budget=None,
     method="spectral",
     allocation="loss",
-    seed=0,
     layers=None,
     *,
     cache_bytes=None,
@@ -34,8 +33,8 @@ def plan_heads(
     the source's; `cache_bytes`, the most bytes of KV cache a token, in the model's dtype; `max_increase`, the largest
     acceptable increase of the perplexity without training, 0.05 for 5 % (`heads_for_increase`).
     `method` ("mean" or "spectral") says by which fusion groups are judged. `allocation`: "uniform", the same counts in
-    every layer; "cost", least sum of relative costs; "loss", least sum of measured rises of the loss (`loss_rises`, its
-    text drawn by `seed`). The last two are solved exactly (`knapsack`).
+    every layer; "cost", least sum of relative costs; "loss", least sum of measured rises of the loss (`loss_rises`). The
+    last two are solved exactly (`knapsack`).
 
     Raises ValueError as `wished_heads` does, or if a name is unknown.
     """
@@ -48,7 +47,7 @@ def plan_heads(
 
     @cache
     def prices():
-        return partition_costs(partitions()) if allocation == "cost" else loss_rises(model, blocks, method, seed)
+        return partition_costs(partitions()) if allocation == "cost" else loss_rises(model, blocks, method)
 
     def counts(heads):
         return uniform_counts(model.config, heads) if allocation == "uniform" else knapsack(prices(), heads)

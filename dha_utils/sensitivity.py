@@ -13,10 +13,9 @@ from .evaluation import block_losses, log_probabilities
 from .fusion import check_method, fuse, fuse_layer, fused_attention, spectral_layers
 from .grouping import HeadPlan, best_partitions
 from .spectral import mean_cost
-from .text import drawn
 
 KINDS = ("key", "value")
-SENSITIVITY_TOKENS = 4096  # every layer costs forward passes over them; more move the plan little
+MEASURED_TOKENS = 1024  # every layer costs forward passes over them; more move the plan little
 
 
 def group_heads(model, blocks, method="spectral", layers=None):
@@ -46,22 +45,21 @@ def partition_costs(partitions):
 
 
 @torch.no_grad()
-def loss_rises(model, blocks, method="spectral", seed=0):
+def loss_rises(model, blocks, method="spectral"):
     """[layers, 2, heads]: the rise of the LM loss (nats a token) if one layer keeps n = 1 … heads key (value) heads.
 
-    `blocks` [blocks, length]: calibration tokens; of more than `SENSITIVITY_TOKENS`, so many are drawn by `seed`. Every
-    second block makes the groups and the fusion, the others measure: measured on the text it was fitted to, sharing
-    looks cheaper than it is, values most. A single rise is estimated by the KL divergence from the source's predictions:
-    the rise of the loss on so few tokens is noise, for a layer that matters little even in its sign. Single divergences
-    add up to less than all layers cost together, by another factor for keys than for values; so they are scaled to the
-    rise of the loss with n heads in every layer at once. Forced never to rise with n.
+    `blocks` [blocks, length]: calibration tokens. `MEASURED_TOKENS` of them, at most half, measure; the others make the
+    groups and the fusion: measured on the text it was fitted to, sharing looks cheaper than it is, values most. A single
+    rise is estimated by the KL divergence from the source's predictions: the rise of the loss on so few tokens is noise,
+    for a layer that matters little even in its sign. Single divergences add up to less than all layers cost together, by
+    another factor for keys than for values; so they are scaled to the rise of the loss with n heads in every layer at
+    once. Forced never to rise with n.
 
     Raises ValueError with fewer than two blocks.
     """
     if len(blocks) < 2:
-        raise ValueError("measuring losses needs at least 2 calibration blocks: one half makes the fusion, one measures it")
-    blocks = drawn(blocks, max(2, SENSITIVITY_TOKENS // blocks.shape[1]), seed)
-    fitted, held_out = blocks[0::2], blocks[1::2]
+        raise ValueError("measuring losses needs at least 2 calibration blocks: some make the fusion, others measure it")
+    fitted, held_out = split_blocks(blocks, MEASURED_TOKENS)
     layers = spectral_layers(model, fitted) if method == "spectral" else None
     partitions = group_heads(model, fitted, method, layers)
     heads = model.config.num_key_value_heads
@@ -83,6 +81,14 @@ def loss_rises(model, blocks, method="spectral", seed=0):
     divergences = monotone(divergences)
     scale = together / divergences.sum(0).clamp(min=1e-6)
     return monotone(divergences * scale.clamp(min=0))
+
+
+def split_blocks(blocks, tokens):
+    """(the other blocks, evenly spaced ones of about `tokens` tokens in all, at least one and at most half)."""
+    count = max(1, min(len(blocks) // 2, tokens // blocks.shape[1]))
+    chosen = torch.zeros(len(blocks), dtype=torch.bool)
+    chosen[(2 * torch.arange(count) + 1) * len(blocks) // (2 * count)] = True
+    return blocks[~chosen], blocks[chosen]
 
 
 def mean_divergence(predictions, reference):

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+EVERY = 4  # one query in so many is asked what it attends to: its neighbours see nearly the same
+
 
 @dataclass
 class LayerStatistics:
@@ -13,8 +15,8 @@ class LayerStatistics:
 
     `plain`: E[x xᵀ] over tokens. `mean`: E[x], [hidden].
     `attended`: E[(A_h x)(A_h x)ᵀ] over queries, what the values of head h are really averaged over.
-    `seen`: E[x xᵀ] over keys, each weighted by the attention it gets. `seen` − `attended` is the covariance within a
-    query, all that a softmax can see of the keys. Both are means over the heads.
+    `seen`: E[x xᵀ] over keys, each weighted by the attention it gets from the same queries. `seen` − `attended` is the
+    covariance within a query, all that a softmax can see of the keys. Both are means over the heads.
     """
 
     plain: Tensor
@@ -52,6 +54,7 @@ def collect_statistics(model, blocks):
 
 def _moments(x, weights):
     """x [length, hidden], weights [heads, length, length] -> the four moments of one block."""
+    weights = weights[:, (len(x) - 1) % EVERY :: EVERY]
     averaged = (weights @ x).flatten(0, 1)
     attention = weights.mean((0, 1))  # what each key gets
     return [x.T @ x / len(x), x.mean(0), averaged.T @ averaged / len(averaged), x.T @ (attention[:, None] * x)]

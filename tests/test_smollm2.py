@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def checkpoint():
     model, tokenizer = load_checkpoint("smollm2-135m")
-    splits = [token_blocks(tokenizer, load_text("wikipedia", split), 512, 8) for split in ("calibration", "validation")]
+    splits = [token_blocks(tokenizer, load_text("wikipedia", split), 512, 8) for split in ("train", "validation")]
     return model, *splits
 
 

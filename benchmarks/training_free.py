@@ -1,8 +1,9 @@
 """Perplexity after fusion without any training, over budgets, methods and calibration draws, beside low-rank caches.
 
-    python benchmarks/training_free.py --refit               # smollm2-135m, into results/training_free_smollm2-135m.csv
+    python benchmarks/training_free.py --refit layers        # smollm2-135m, into results/training_free_smollm2-135m.csv
+    python benchmarks/training_free.py --refit attention --seeds 0
     python benchmarks/training_free.py --model wiki-mha --length 256 --calibration-blocks 64 --validation-blocks 64 \
-        --budgets 0.5 0.25 0.1875 0.125 --refit
+        --budgets 0.5 0.25 0.1875 0.125 --refit attention layers
 
 Every row stands for one model: the same validation blocks for all, calibration blocks drawn by the seed from the training
 split, whose articles are many: what is fitted to a few of them serves the others badly. Rows that the CSV already has are
@@ -39,14 +40,14 @@ def parse_arguments():
     parser.add_argument("--length", type=int, default=512, help="tokens a block")
     parser.add_argument("--calibration-blocks", type=int, default=32)
     parser.add_argument("--validation-blocks", type=int, default=8)
-    parser.add_argument("--refit", action="store_true", help="also fit the fused models to the source layer by layer")
+    parser.add_argument("--refit", nargs="+", choices=("attention", "layers"), default=[], help="also fit to the source")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration draws")
     parser.add_argument("--table", action="store_true", help="only print the CSV as the Markdown table of the README")
     parser.add_argument("--out", type=Path, help="default: results/training_free_MODEL.csv beside this script")
     return parser.parse_args()
 
 
-def methods(source, calibration, with_refit):
+def methods(source, calibration, refits):
     """{(method, allocation): function of the number of heads that makes the model}; what they share is made once."""
 
     @cache
@@ -81,10 +82,7 @@ def methods(source, calibration, with_refit):
     def refitted(heads, **settings):
         return refit(allocated("loss", heads), source, calibration, **settings)[0]
 
-    fitted = {
-        ("spectral, attention refitted", "loss"): partial(refitted, layer_epochs=0),
-        ("spectral, layers refitted", "loss"): refitted,
-    }
+    fitted = {"attention": partial(refitted, layer_epochs=0), "layers": refitted}
     return {
         ("mean", "uniform"): lambda heads: fuse(source, uniform_plan(source.config, heads), method="mean"),
         ("spectral, standard planes", "uniform"): standard_planes,
@@ -93,7 +91,7 @@ def methods(source, calibration, with_refit):
         ("spectral", "loss"): partial(allocated, "loss"),
         ("low rank", "uniform"): partial(low_rank, uniform),
         ("low rank", "cost"): partial(low_rank, lambda heads: allocated_ranks(svd(), uniform(heads))),
-        **(fitted if with_refit else {}),
+        **{(f"spectral, {part} refitted", "loss"): fitted[part] for part in refits},
     }
 
 

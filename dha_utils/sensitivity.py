@@ -15,7 +15,7 @@ from .grouping import HeadPlan, best_partitions
 from .spectral import mean_cost
 
 KINDS = ("key", "value")
-MEASURED_TOKENS = 1024  # every layer costs forward passes over them; more move the plan little
+MEASURED_PIECES, MEASURED_TOKENS = 8, 1024  # many short pieces: texts differ more than the tokens of one do
 
 
 def group_heads(model, blocks, method="spectral", layers=None):
@@ -48,18 +48,18 @@ def partition_costs(partitions):
 def loss_rises(model, blocks, method="spectral"):
     """[layers, 2, heads]: the rise of the LM loss (nats a token) if one layer keeps n = 1 … heads key (value) heads.
 
-    `blocks` [blocks, length]: calibration tokens. `MEASURED_TOKENS` of them, at most half, measure; the others make the
-    groups and the fusion: measured on the text it was fitted to, sharing looks cheaper than it is, values most. A single
-    rise is estimated by the KL divergence from the source's predictions: the rise of the loss on so few tokens is noise,
-    for a layer that matters little even in its sign. Single divergences add up to less than all layers cost together, by
-    another factor for keys than for values; so they are scaled to the rise of the loss with n heads in every layer at
-    once. Forced never to rise with n.
+    `blocks` [blocks, length]: calibration tokens. `MEASURED_PIECES` of them, at most half, cut to `MEASURED_TOKENS` in
+    all, measure; the others make the groups and the fusion: measured on the text it was fitted to, sharing looks cheaper
+    than it is, values most. A single rise is estimated by the KL divergence from the source's predictions: the rise of the
+    loss on so few tokens is noise, for a layer that matters little even in its sign. Single divergences add up to less than
+    all layers cost together, by another factor for keys than for values; so they are scaled to the rise of the loss with n
+    heads in every layer at once. Forced never to rise with n.
 
     Raises ValueError with fewer than two blocks.
     """
     if len(blocks) < 2:
         raise ValueError("measuring losses needs at least 2 calibration blocks: some make the fusion, others measure it")
-    fitted, held_out = split_blocks(blocks, MEASURED_TOKENS)
+    fitted, held_out = split_blocks(blocks, MEASURED_PIECES, MEASURED_TOKENS)
     layers = spectral_layers(model, fitted) if method == "spectral" else None
     partitions = group_heads(model, fitted, method, layers)
     heads = model.config.num_key_value_heads
@@ -83,12 +83,12 @@ def loss_rises(model, blocks, method="spectral"):
     return monotone(divergences * scale.clamp(min=0))
 
 
-def split_blocks(blocks, tokens):
-    """(the other blocks, evenly spaced ones of about `tokens` tokens in all, at least one and at most half)."""
-    count = max(1, min(len(blocks) // 2, tokens // blocks.shape[1]))
+def split_blocks(blocks, pieces, tokens):
+    """(the other blocks, evenly spaced ones, `pieces` but at most half, each cut so that they have `tokens` in all)."""
+    count = min(len(blocks) // 2, pieces)
     chosen = torch.zeros(len(blocks), dtype=torch.bool)
     chosen[(2 * torch.arange(count) + 1) * len(blocks) // (2 * count)] = True
-    return blocks[~chosen], blocks[chosen]
+    return blocks[~chosen], blocks[chosen, : tokens // count]
 
 
 def mean_divergence(predictions, reference):

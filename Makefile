@@ -18,7 +18,7 @@ PARAMETERS = -p model $(MODEL) -p text $(TEXT) -p budget $(BUDGET) -p run_dir $(
 # wiki-mha is small enough for the notebooks' own defaults; anything else gets longer blocks and fewer of all that takes time
 ifneq ($(MODEL),wiki-mha)
 LENGTH := 512
-PARAMETERS += -p calibration_blocks 8 -p validation_blocks 8
+PARAMETERS += -p calibration_blocks 16 -p validation_blocks 8
 SEARCH := -p search_steps 8
 LEARNING := -p fusion_tokens 4096 -p evaluations 2
 TRAINING := -p tokens 4096 -p evaluations 2

@@ -57,6 +57,14 @@ def step_table(rows):
     return table.sort_index(axis=1, ascending=False)
 
 
+def step_gains(rows):
+    """What each step multiplies the perplexity by, against the step before on the same draw; mean over the draws."""
+    table = with_steps(rows).pivot_table(index="step", columns=["budget", "seed"], values="perplexity", observed=True)
+    return (
+        (table / table.shift()).iloc[1:].T.groupby(level="budget", sort=False).mean().T.sort_index(axis=1, ascending=False)
+    )
+
+
 def low_rank(rows):
     """Perplexity of the low-rank caches, the better allocation of ranks, by budget and seed."""
     return rows[rows["method"] == "low rank"].groupby(["budget", "seed"])["perplexity"].min()

@@ -6,7 +6,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dha_utils.beyond import MEASURES, STEPS, against_low_rank, growth, ladder, rank_agreement, recovery_table, ways
+from dha_utils.beyond import (
+    MEASURES,
+    STEPS,
+    against_low_rank,
+    growth,
+    ladder,
+    rank_agreement,
+    recovery_table,
+    step_gains,
+    ways,
+)
 from dha_utils.claims import at_best_rate, gains, heads_by_layer, paper_verdicts, token_savings, trained_by_all, verdict
 from dha_utils.evaluation import interval
 
@@ -147,6 +157,13 @@ def test_the_ladder_shows_every_step_in_its_order(fused):
     assert [label.get_text() for label in axis.get_yticklabels()] == list(STEPS.values())
     shown = {text.get_text() for text in axis.get_legend().get_texts()}
     assert shown == {"50%", "25%", "low rank, 50%", "low rank, 25%", "source"}
+
+
+def test_gains_are_paired_by_draw(fused):
+    fused = fused[~fused["method"].str.contains("attention") | (fused["seed"] == 0)]
+    table = step_gains(fused)
+    assert list(table.columns) == [0.5, 0.25] and list(table.index) == list(STEPS.values())[1:]
+    assert table.to_numpy() == pytest.approx(0.9)
 
 
 def test_growth_is_the_exponent():

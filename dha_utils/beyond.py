@@ -59,10 +59,9 @@ def step_table(rows):
 
 def step_gains(rows):
     """What each step multiplies the perplexity by, against the step before on the same draw; mean over the draws."""
-    table = with_steps(rows).pivot_table(index="step", columns=["budget", "seed"], values="perplexity", observed=True)
-    return (
-        (table / table.shift()).iloc[1:].T.groupby(level="budget", sort=False).mean().T.sort_index(axis=1, ascending=False)
-    )
+    losses = with_steps(rows).pivot_table(index="step", columns=["budget", "seed"], values="perplexity", observed=True)
+    gains = (losses / losses.shift()).iloc[1:]
+    return gains.T.groupby("budget").mean().T.sort_index(axis=1, ascending=False)
 
 
 def low_rank(rows):

@@ -59,7 +59,7 @@ def loss_rises(model, blocks, method="spectral"):
     """
     if len(blocks) < 2:
         raise ValueError("measuring losses needs at least 2 calibration blocks: some make the fusion, others measure it")
-    fitted, held_out = split_blocks(blocks, MEASURED_PIECES, MEASURED_TOKENS)
+    fitted, held_out = split_blocks(blocks)
     layers = spectral_layers(model, fitted) if method == "spectral" else None
     partitions = group_heads(model, fitted, method, layers)
     heads = model.config.num_key_value_heads
@@ -83,12 +83,12 @@ def loss_rises(model, blocks, method="spectral"):
     return monotone(divergences * scale.clamp(min=0))
 
 
-def split_blocks(blocks, pieces, tokens):
-    """(the other blocks, evenly spaced ones, `pieces` but at most half, each cut so that they have `tokens` in all)."""
-    count = min(len(blocks) // 2, pieces)
+def split_blocks(blocks):
+    """(the blocks that make the fusion, the evenly spaced pieces that measure it): what `loss_rises` says of them."""
+    count = min(len(blocks) // 2, MEASURED_PIECES)
     chosen = torch.zeros(len(blocks), dtype=torch.bool)
     chosen[(2 * torch.arange(count) + 1) * len(blocks) // (2 * count)] = True
-    return blocks[~chosen], blocks[chosen, : tokens // count]
+    return blocks[~chosen], blocks[chosen, : MEASURED_TOKENS // count]
 
 
 def mean_divergence(predictions, reference):

@@ -21,7 +21,7 @@ LENGTH := 512
 PARAMETERS += -p calibration_blocks 16 -p validation_blocks 8
 SEARCH := -p search_steps 8
 LEARNING := -p fusion_tokens 4096 -p evaluations 2
-TRAINING := -p tokens 4096 -p evaluations 2
+TRAINING := -p tokens 4096 -p evaluations 2 -p learning_rate 2e-4
 CHART := -y "budgets: [0.67, 0.5, 0.34]"
 endif
 

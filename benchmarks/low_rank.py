@@ -10,16 +10,16 @@ import copy
 import torch
 
 from dha_utils.spectral import matrix_sqrt
-from dha_utils.statistics import collect_statistics, set_rows, with_bias
+from dha_utils.statistics import set_rows, with_bias
 
 
 @torch.no_grad()
-def whitened_svd(model, blocks):
-    """Per layer, U, S of the stacked, whitened projections: [W_K; W_V] C^½ = U S Vᵀ."""
+def whitened_svd(model, statistics):
+    """Per layer, U, S of the stacked, whitened projections: [W_K; W_V] C^½ = U S Vᵀ, C from `collect_statistics`."""
     layers = []
-    for layer, statistics in zip(model.model.layers, collect_statistics(model, blocks)):
+    for layer, moments in zip(model.model.layers, statistics):
         rows = torch.cat([with_bias(layer.self_attn.k_proj), with_bias(layer.self_attn.v_proj)]).double()
-        layers.append(torch.linalg.svd(rows @ matrix_sqrt(statistics.plain.double()), full_matrices=False)[:2])
+        layers.append(torch.linalg.svd(rows @ matrix_sqrt(moments.plain.double()), full_matrices=False)[:2])
     return layers
 
 

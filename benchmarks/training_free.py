@@ -24,13 +24,15 @@ from tqdm import tqdm
 from dha_utils import fuse, load_checkpoint, load_text, perplexity, token_blocks
 from dha_utils.allocation import heads_for_budget, knapsack, uniform_plan
 from dha_utils.evaluation import scored_tokens
-from dha_utils.fusion import spectral_layers
 from dha_utils.refit import refit
 from dha_utils.runs import append_rows, has_row
 from dha_utils.sensitivity import group_heads, loss_rises, partition_costs, plan_of_counts
+from dha_utils.spectral import SpectralLayer
+from dha_utils.statistics import collect_statistics
 from dha_utils.text import drawn
 
 HERE = Path(__file__).parent
+REFITS = {"attention": {"layer_epochs": 0}, "layers": {}}  # what is fitted: settings of `refit`
 
 
 def parse_arguments():
@@ -40,7 +42,7 @@ def parse_arguments():
     parser.add_argument("--length", type=int, default=512, help="tokens a block")
     parser.add_argument("--calibration-blocks", type=int, default=32)
     parser.add_argument("--validation-blocks", type=int, default=8)
-    parser.add_argument("--refit", nargs="+", choices=("attention", "layers"), default=[], help="also fit to the source")
+    parser.add_argument("--refit", nargs="+", choices=list(REFITS), default=[], help="also fit to the source")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration draws")
     parser.add_argument("--table", action="store_true", help="only print the CSV as the Markdown table of the README")
     parser.add_argument("--out", type=Path, help="default: results/training_free_MODEL.csv beside this script")
@@ -51,8 +53,13 @@ def methods(source, calibration, refits):
     """{(method, allocation): function of the number of heads that makes the model}; what they share is made once."""
 
     @cache
+    def statistics():
+        return collect_statistics(source, calibration)
+
+    @cache
     def layers():
-        return spectral_layers(source, calibration)
+        attentions, rotary = (layer.self_attn for layer in source.model.layers), source.model.rotary_emb
+        return [SpectralLayer.measure(attention, rotary, moments) for attention, moments in zip(attentions, statistics())]
 
     @cache
     def partitions():
@@ -68,7 +75,7 @@ def methods(source, calibration, refits):
 
     @cache
     def svd():
-        return whitened_svd(source, calibration)
+        return whitened_svd(source, statistics())
 
     def low_rank(ranks_of, heads):
         return low_rank_model(source, svd(), ranks_of(heads))
@@ -79,10 +86,9 @@ def methods(source, calibration, refits):
     def allocated(allocation, heads):
         return fuse(source, plan_of_counts(partitions(), knapsack(prices(allocation), heads)), layers=layers())
 
-    def refitted(heads, **settings):
-        return refit(allocated("loss", heads), source, calibration, **settings)[0]
+    def refitted(part, heads):
+        return refit(allocated("loss", heads), source, calibration, **REFITS[part])[0]
 
-    fitted = {"attention": partial(refitted, layer_epochs=0), "layers": refitted}
     return {
         ("mean", "uniform"): lambda heads: fuse(source, uniform_plan(source.config, heads), method="mean"),
         ("spectral, standard planes", "uniform"): standard_planes,
@@ -91,7 +97,7 @@ def methods(source, calibration, refits):
         ("spectral", "loss"): partial(allocated, "loss"),
         ("low rank", "uniform"): partial(low_rank, uniform),
         ("low rank", "cost"): partial(low_rank, lambda heads: allocated_ranks(svd(), uniform(heads))),
-        **{(f"spectral, {part} refitted", "loss"): fitted[part] for part in refits},
+        **{(f"spectral, {part} refitted", "loss"): partial(refitted, part) for part in refits},
     }
 
 

@@ -18,6 +18,7 @@ STEPS = {  # (method, allocation) of `benchmarks/training_free.py`
     ("spectral, attention refitted", "loss"): "+ attention refitted",
     ("spectral, layers refitted", "loss"): "+ layers refitted",
 }
+DRAW = ["budget", "calibration_tokens", "seed"]  # what the rows of one calibration draw share
 MEASURES = ("weight_cka", "activation_cka", "cosine", "omega", "spectral")
 
 
@@ -65,26 +66,29 @@ def step_gains(rows):
 
 
 def low_rank(rows):
-    """Perplexity of the low-rank caches, the better allocation of ranks, by budget and seed."""
-    return rows[rows["method"] == "low rank"].groupby(["budget", "seed"])["perplexity"].min()
+    """Perplexity of the low-rank caches, the better allocation of ranks, by `DRAW`."""
+    return rows[rows["method"] == "low rank"].groupby(DRAW)["perplexity"].min()
 
 
 def against_low_rank(rows):
-    """The last step of the ladder against a low-rank cache of the same size: a row per budget, interval over the draws."""
-    best = rows[rows["method"] == "spectral, layers refitted"].set_index(["budget", "seed"])["perplexity"]
-    baseline, table = low_rank(rows), {}
-    for budget, ratios in (best / baseline).dropna().groupby("budget"):
-        mean, low, high = interval(ratios)
-        figures = {"DHA": best[budget].mean(), "low rank": baseline[budget].mean()}
-        word = verdict(1 - high, 1 - low)
-        table[budget] = figures | {"DHA / low rank": mean, "low": low, "high": high, "DHA is lower": word}
-    return pd.DataFrame(table).T.rename_axis("budget").sort_index(ascending=False)
+    """The last step of the ladder against a low-rank cache of the same size, made from the same text.
+
+    A row per head budget and size of the text, 95 % interval of the ratio over the draws.
+    """
+    best = rows[rows["method"] == "spectral, layers refitted"].set_index(DRAW)["perplexity"]
+    pairs = pd.DataFrame({"DHA": best, "low rank": low_rank(rows)}).dropna()
+    table = {}
+    for case, pair in pairs.groupby(DRAW[:2]):
+        mean, low, high = interval(pair["DHA"] / pair["low rank"])
+        figures = {"DHA / low rank": mean, "low": low, "high": high, "draws": len(pair)}
+        table[case] = dict(pair.mean()) | figures | {"DHA is lower": verdict(1 - high, 1 - low)}
+    return pd.DataFrame(table).T.rename_axis(DRAW[:2]).sort_index(ascending=[False, True])
 
 
 def ladder(rows, title):
     """Perplexity from mean pooling to the best, step by step: a line per head budget, mean and range over the draws.
 
-    `rows`: of `benchmarks/training_free.py`; the low-rank caches of the same size are dashed lines.
+    `rows`: of `benchmarks/training_free.py`, one size of text; the low-rank caches of the same size are dashed lines.
     """
     figure, axis = plt.subplots(figsize=(9.5, 5), layout="constrained")
     baseline = low_rank(rows).groupby("budget").mean()

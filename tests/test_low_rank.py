@@ -9,12 +9,12 @@ from dha_utils.statistics import collect_statistics, with_bias
 
 
 def test_full_rank_changes_nothing(model, blocks):
-    same = low_rank_model(model, whitened_svd(model, blocks), uniform_ranks(model, 1.0))
+    same = low_rank_model(model, whitened_svd(model, collect_statistics(model, blocks)), uniform_ranks(model, 1.0))
     assert (logits(same, blocks) - logits(model, blocks)).abs().max() < 1e-4
 
 
 def test_what_is_lost_is_the_discarded_energy(model, blocks):
-    layers, ranks = whitened_svd(model, blocks), [9, 9, 9]
+    layers, ranks = whitened_svd(model, collect_statistics(model, blocks)), [9, 9, 9]
     cut = low_rank_model(model, layers, ranks)
     statistics = collect_statistics(model, blocks)
     for before, after, (_, s), moments in zip(model.model.layers, cut.model.layers, layers, statistics):
@@ -25,7 +25,7 @@ def test_what_is_lost_is_the_discarded_energy(model, blocks):
 
 
 def test_allocated_ranks_cost_as_much_as_uniform_ones(model, blocks):
-    layers, uniform = whitened_svd(model, blocks), uniform_ranks(model, 0.5)
+    layers, uniform = whitened_svd(model, collect_statistics(model, blocks)), uniform_ranks(model, 0.5)
     allocated = allocated_ranks(layers, uniform)
     assert sum(allocated) == sum(uniform)
 

@@ -29,11 +29,28 @@ def test_refit_brings_the_fused_model_nearer_to_its_source(model, layer_epochs, 
     assert moved and all(part in name for name in moved)
 
 
-def test_a_stage_whose_error_does_not_fall_is_undone(mha, blocks):
+def test_a_stage_whose_error_does_not_fall_is_undone(mha, blocks, monkeypatch):
+    monkeypatch.setattr("dha_utils.refit.RIDGES", (-1.0,))  # pushes away from the best
     fused = fuse(mha, plan_for(mha), blocks)
     refitted, errors = refit(fused, mha, blocks, epochs=2, learning_rate=30.0, layer_learning_rate=30.0)
     assert not errors["kept"].any() and (errors["after"] == errors["before"]).all()
     assert all(torch.equal(a, b) for a, b in zip(fused.parameters(), refitted.parameters()))
+
+
+def test_the_output_is_solved_where_a_solution_exists(mha, blocks):
+    """With all heads kept and another o_proj, least squares finds the source's own again."""
+    alone = [[head] for head in range(mha.config.num_key_value_heads)]
+    spoilt = fuse(mha, HeadPlan([alone] * 3, [alone] * 3), method="mean")
+    with torch.no_grad():
+        for layer in spoilt.model.layers:
+            layer.self_attn.o_proj.weight.mul_(1.5)
+    refitted, errors = refit(spoilt, mha, blocks, epochs=0, layer_epochs=0)
+    assert errors["kept"].unstack()["output"].all()
+    fallen = errors["after"] / errors["before"]
+    assert (fallen.unstack()["output"] < 0.01).all(), fallen
+    assert (logits(refitted, blocks) - logits(mha, blocks)).square().mean() < 0.01 * (
+        logits(spoilt, blocks) - logits(mha, blocks)
+    ).square().mean()
 
 
 def test_a_lossless_fusion_stays_lossless(gqa, blocks):

@@ -137,6 +137,7 @@ def fused():
         cases |= {("low rank", "uniform"): 110, ("low rank", "cost"): 100}
         for (method, allocation), perplexity in cases.items():
             row = {"method": method, "allocation": allocation, "budget": budget, "seed": seed, "base_perplexity": 20}
+            row["calibration_tokens"] = 4096
             noise = 0.001 * seed if method == "low rank" else 0
             table.append(row | {"perplexity": perplexity * (1 + noise)})
     return pd.DataFrame(table).sample(frac=1, random_state=0)
@@ -144,11 +145,16 @@ def fused():
 
 def test_the_last_step_is_held_against_the_better_low_rank_cache(fused):
     table = against_low_rank(fused)
-    assert list(table.index) == [0.5, 0.25]
+    assert list(table.index) == [(0.5, 4096), (0.25, 4096)]
     assert table["DHA / low rank"].tolist() == pytest.approx([2 * 0.9**6, 6 * 0.9**6], rel=2e-3)
     assert table["DHA is lower"].tolist() == ["does not hold", "does not hold"]
     fused.loc[fused["method"].str.contains("layers refitted"), "perplexity"] /= 4
     assert against_low_rank(fused)["DHA is lower"].tolist() == ["holds", "holds"]
+    more = fused[fused["seed"] == 0].assign(calibration_tokens=8192)  # a single draw of more text decides nothing
+    both = against_low_rank(pd.concat([fused, more]))
+    assert list(both.index) == [(0.5, 4096), (0.5, 8192), (0.25, 4096), (0.25, 8192)]
+    assert both["draws"].tolist() == [3, 1, 3, 1]
+    assert both["DHA is lower"].tolist() == ["holds", "cannot be told"] * 2
 
 
 def test_the_ladder_shows_every_step_in_its_order(fused):

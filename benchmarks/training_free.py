@@ -121,8 +121,9 @@ def markdown_table(path):
         cells = []
         for budget in budgets:
             values = rows.loc[(rows["method"] == method) & (rows["budget"] == budget), "perplexity"]
-            spread = f" ({values.min():,.1f} to {values.max():,.1f})" if values.nunique() > 1 else ""
-            cells.append(f"{values.mean():,.1f}{spread}")
+            low, high = f"{values.min():,.1f}", f"{values.max():,.1f}"
+            spread = f" ({low} to {high})" if low != high else ""
+            cells.append(f"{values.mean():,.1f}{spread}" if len(values) else "")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from dha_utils import fuse, load_checkpoint, load_text, perplexity, token_blocks
 from dha_utils.allocation import heads_for_budget, knapsack, uniform_plan
 from dha_utils.evaluation import scored_tokens
+from dha_utils.fusion import spectral_layers
 from dha_utils.refit import refit
 from dha_utils.runs import append_rows, has_row
 from dha_utils.sensitivity import group_heads, loss_rises, partition_costs, plan_of_counts
-from dha_utils.spectral import SpectralLayer
 from dha_utils.statistics import collect_statistics
 from dha_utils.text import drawn
 
@@ -58,8 +58,7 @@ def methods(source, calibration, refits):
 
     @cache
     def layers():
-        attentions, rotary = (layer.self_attn for layer in source.model.layers), source.model.rotary_emb
-        return [SpectralLayer.measure(attention, rotary, moments) for attention, moments in zip(attentions, statistics())]
+        return spectral_layers(source, calibration, statistics=statistics())
 
     @cache
     def partitions():

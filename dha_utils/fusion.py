@@ -64,16 +64,18 @@ def check_plan(plan, config):
         )
 
 
-def spectral_layers(model, blocks, free_frequencies=True):
+def spectral_layers(model, blocks, free_frequencies=True, statistics=None):
     """The energies of every layer's heads, from `blocks` of calibration tokens: one `SpectralLayer` a layer.
+
+    `statistics`: what `collect_statistics` made of the blocks, if it is at hand.
 
     Raises ValueError without blocks.
     """
     if blocks is None:
         raise ValueError("spectral fusion needs calibration text: pass blocks=token_blocks(tokenizer, texts)")
     return [
-        SpectralLayer.measure(layer.self_attn, model.model.rotary_emb, statistics, free_frequencies)
-        for layer, statistics in zip(model.model.layers, collect_statistics(model, blocks))
+        SpectralLayer.measure(layer.self_attn, model.model.rotary_emb, moments, free_frequencies)
+        for layer, moments in zip(model.model.layers, statistics or collect_statistics(model, blocks))
     ]
 
 

@@ -14,9 +14,9 @@ def test_full_rank_changes_nothing(model, blocks):
 
 
 def test_what_is_lost_is_the_discarded_energy(model, blocks):
-    layers, ranks = whitened_svd(model, collect_statistics(model, blocks)), [9, 9, 9]
-    cut = low_rank_model(model, layers, ranks)
     statistics = collect_statistics(model, blocks)
+    layers, ranks = whitened_svd(model, statistics), [9, 9, 9]
+    cut = low_rank_model(model, layers, ranks)
     for before, after, (_, s), moments in zip(model.model.layers, cut.model.layers, layers, statistics):
         old, new = (torch.cat([with_bias(m.self_attn.k_proj), with_bias(m.self_attn.v_proj)]) for m in (before, after))
         error = old - new

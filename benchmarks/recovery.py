@@ -1,13 +1,13 @@
 """Perplexity while a fused model recovers: from several starts, on two losses, by several sets of weights.
 
-    python benchmarks/recovery.py                            # smollm2-135m at 50 %, 40,960 tokens of distillation
-    python benchmarks/recovery.py --starts spectral mean source --losses lm distil
-    python benchmarks/recovery.py --starts refitted --trainable attention lora all
+    python benchmarks/recovery.py --starts spectral source --losses distil lm      # smollm2-135m at 50 %, 40,960 tokens
+    python benchmarks/recovery.py --starts refitted source --losses distil lm --tokens 102400 --calibration-blocks 64
     python benchmarks/recovery.py --model wiki-mha --length 256 --budget 0.25 --tokens 102400 --seeds 0 1 2 \
-        --calibration-blocks 64 --validation-blocks 64
+        --calibration-blocks 128 --validation-blocks 64 --starts refitted --trainable attention lora all
 
-All runs see the same training blocks in the order of the seed, and the source is trained on them as the control. A run
-resumes from its checkpoints, and runs that the CSV already has are not repeated.
+All runs see the same training blocks in the order of the seed, and the source is trained on them as the control. A start
+is made once and kept in runs/recovery, a run resumes from its checkpoints, and those that the CSV already has are not
+repeated.
 """
 
 import argparse
@@ -20,11 +20,13 @@ from dha_utils.allocation import heads_for_budget, uniform_plan
 from dha_utils.evaluation import scored_tokens
 from dha_utils.pretraining import TRAINABLE
 from dha_utils.refit import refit
-from dha_utils.runs import ROOT, append_rows, has_row
+from dha_utils.runs import ROOT, append_rows, has_row, save_model
 from dha_utils.training import training_log
 
 HERE = Path(__file__).parent
 STARTS = ("refitted", "spectral", "mean", "source")
+CALIBRATED = ("refitted", "spectral")
+RUNS = ROOT / "runs" / "recovery"
 
 
 def parse_arguments():
@@ -44,13 +46,20 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def start_model(start, source, calibration, budget):
-    if start == "source":
+def start_model(run, source, tokenizer, calibration):
+    if run["start"] == "source":
         return source
-    if start in ("spectral", "refitted"):
-        fused = fuse(source, plan_heads(source, calibration, budget), calibration)
-        return fused if start == "spectral" else refit(fused, source, calibration)[0]
-    return fuse(source, uniform_plan(source.config, heads_for_budget(source.config, budget)), method="mean")
+    folder = RUNS / "-".join(str(run[column]) for column in ("model", "start", "budget", "calibration_tokens"))
+    if not folder.exists():
+        save_model(make_start(run["start"], source, calibration, run["budget"]), tokenizer, folder)
+    return load_checkpoint(folder)[0]
+
+
+def make_start(start, source, calibration, budget):
+    if start == "mean":
+        return fuse(source, uniform_plan(source.config, heads_for_budget(source.config, budget)), method="mean")
+    fused = fuse(source, plan_heads(source, calibration, budget), calibration)
+    return fused if start == "spectral" else refit(fused, source, calibration)[0]
 
 
 def planned_runs(arguments):
@@ -59,10 +68,12 @@ def planned_runs(arguments):
         if start == "source" and loss == "distil":
             continue  # it would learn from itself
         yield {
+            "model": Path(arguments.model).name,
             "start": start,
             "loss": loss,
             "trainable": trainable,
             "budget": arguments.budget if start != "source" else 1.0,
+            "calibration_tokens": arguments.calibration_blocks * arguments.length if start in CALIBRATED else 0,
             "seed": seed,
             "total_tokens": arguments.tokens,
             "learning_rate": arguments.learning_rate * (10 if trainable == "lora" else 1),
@@ -71,8 +82,7 @@ def planned_runs(arguments):
 
 def main():
     arguments = parse_arguments()
-    name = Path(arguments.model).name
-    out = arguments.out or HERE / "results" / f"recovery_{name}.csv"
+    out = arguments.out or HERE / "results" / f"recovery_{Path(arguments.model).name}.csv"
     source, tokenizer = load_checkpoint(arguments.model)
     calibration, validation, training = (
         token_blocks(tokenizer, load_text("wikipedia", split), arguments.length, limit)
@@ -82,17 +92,14 @@ def main():
             ("train", None),
         )
     )
-    models = {}
     for run in planned_runs(arguments):
         if has_row(out, run):
             continue
-        start = run["start"]
-        if start not in models:
-            models[start] = start_model(start, source, calibration, arguments.budget)
-        folder = ROOT / "runs" / "recovery" / "-".join(map(str, [name, *run.values()]))
+        start = start_model(run, source, tokenizer, calibration)
+        folder = RUNS / "-".join(map(str, run.values()))
         begin = time.perf_counter()
         pretrain(
-            models[start],
+            start,
             training,
             arguments.tokens,
             source if run["loss"] == "distil" else None,
@@ -105,12 +112,7 @@ def main():
         rows = (
             training_log(folder)[["tokens", "perplexity"]]
             .round(4)
-            .assign(
-                model=arguments.model,
-                **run,
-                validation_tokens=scored_tokens(validation),
-                seconds=round(time.perf_counter() - begin),
-            )
+            .assign(**run, validation_tokens=scored_tokens(validation), seconds=round(time.perf_counter() - begin))
         )
         append_rows(out, rows)
 

@@ -24,7 +24,7 @@ from dha_utils.allocation import heads_for_budget, knapsack
 from dha_utils.fusion import spectral_layers
 from dha_utils.refit import refit
 from dha_utils.runs import append_rows, has_row
-from dha_utils.sensitivity import group_heads, loss_rises, plan_of_counts
+from dha_utils.sensitivity import after_refit, group_heads, loss_rises, plan_of_counts
 
 HERE = Path(__file__).parent
 BASE = {"layers": 8, "hidden": 512, "heads": 8, "key_value_heads": 8, "mlp": 1536}
@@ -96,9 +96,9 @@ def convert(case, blocks, length, device):
     done("statistics")
     partitions = group_heads(model, text, layers=layers)
     done("groups")
-    rises = loss_rises(model, text)
+    prices = after_refit(loss_rises(model, text))
     done("rises of the loss")
-    fused = fuse(model, plan_of_counts(partitions, knapsack(rises, heads_for_budget(model.config, 0.5))), layers=layers)
+    fused = fuse(model, plan_of_counts(partitions, knapsack(prices, heads_for_budget(model.config, 0.5))), layers=layers)
     done("fusion")
     refit(fused, model, text)
     done("refit")

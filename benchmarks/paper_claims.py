@@ -127,7 +127,7 @@ def fusion_step(tokens, length):
 def spectral(study, budget, tokens, seed, folder):
     """(g) ours: spectral fusion, heads allocated by measured loss, on calibration blocks drawn by the seed."""
     calibration = drawn(study.training, study.calibration_blocks, seed)
-    return fuse(study.source, plan_heads(study.source, calibration, budget), calibration), 0
+    return fuse(study.source, plan_heads(study.source, calibration, budget, allocation="loss"), calibration), 0
 
 
 METHODS = {

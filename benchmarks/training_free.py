@@ -27,7 +27,7 @@ from dha_utils.evaluation import scored_tokens
 from dha_utils.fusion import spectral_layers
 from dha_utils.refit import refit
 from dha_utils.runs import append_rows, has_row
-from dha_utils.sensitivity import group_heads, loss_rises, partition_costs, plan_of_counts
+from dha_utils.sensitivity import after_refit, group_heads, loss_rises, partition_costs, plan_of_counts
 from dha_utils.statistics import collect_statistics
 from dha_utils.text import drawn
 
@@ -43,13 +43,14 @@ def parse_arguments():
     parser.add_argument("--calibration-blocks", type=int, default=32)
     parser.add_argument("--validation-blocks", type=int, default=8)
     parser.add_argument("--refit", nargs="+", choices=list(REFITS), default=[], help="also fit to the source")
+    parser.add_argument("--refit-allocations", nargs="+", choices=("loss", "refit"), default=["refit"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration draws")
     parser.add_argument("--table", action="store_true", help="only print the CSV as the Markdown table of the README")
     parser.add_argument("--out", type=Path, help="default: results/training_free_MODEL.csv beside this script")
     return parser.parse_args()
 
 
-def methods(source, calibration, refits):
+def methods(source, calibration, refits, allocations):
     """{(method, allocation): function of the number of heads that makes the model}; what they share is made once."""
 
     @cache
@@ -66,6 +67,8 @@ def methods(source, calibration, refits):
 
     @cache
     def prices(allocation):
+        if allocation == "refit":
+            return after_refit(prices("loss"))
         return partition_costs(partitions()) if allocation == "cost" else loss_rises(source, calibration)
 
     def standard_planes(heads):
@@ -85,8 +88,8 @@ def methods(source, calibration, refits):
     def allocated(allocation, heads):
         return fuse(source, plan_of_counts(partitions(), knapsack(prices(allocation), heads)), layers=layers())
 
-    def refitted(part, heads):
-        return refit(allocated("loss", heads), source, calibration, **REFITS[part])[0]
+    def refitted(part, allocation, heads):
+        return refit(allocated(allocation, heads), source, calibration, **REFITS[part])[0]
 
     return {
         ("mean", "uniform"): lambda heads: fuse(source, uniform_plan(source.config, heads), method="mean"),
@@ -96,7 +99,11 @@ def methods(source, calibration, refits):
         ("spectral", "loss"): partial(allocated, "loss"),
         ("low rank", "uniform"): partial(low_rank, uniform),
         ("low rank", "cost"): partial(low_rank, lambda heads: allocated_ranks(svd(), uniform(heads))),
-        **{(f"spectral, {part} refitted", "loss"): partial(refitted, part) for part in refits},
+        ("spectral", "refit"): partial(allocated, "refit"),
+        **{
+            (f"spectral, {part} refitted", allocation): partial(refitted, part, allocation)
+            for part, allocation in product(refits, allocations)
+        },
     }
 
 
@@ -141,7 +148,8 @@ def main():
     base = perplexity(source, validation)
     for seed in tqdm(arguments.seeds, "calibration draws"):
         calibration = drawn(pool, arguments.calibration_blocks, seed)
-        cases = product(arguments.budgets, methods(source, calibration, arguments.refit).items())
+        made = methods(source, calibration, arguments.refit, arguments.refit_allocations)
+        cases = product(arguments.budgets, made.items())
         for budget, ((method, allocation), make) in cases:
             run = {"method": method, "allocation": allocation, "budget": round(budget, 4), "seed": seed}
             run["calibration_tokens"] = calibration.numel()

@@ -10,10 +10,10 @@ import torch
 from .evaluation import interval, token_losses
 from .fusion import fuse, spectral_layers
 from .grouping import HeadPlan
-from .sensitivity import group_heads, loss_rises, partition_costs, plan_of_counts
+from .sensitivity import after_refit, group_heads, loss_rises, partition_costs, plan_of_counts
 
 log = logging.getLogger(__name__)
-ALLOCATIONS = ("uniform", "cost", "loss")
+ALLOCATIONS = ("uniform", "cost", "loss", "refit")
 
 
 def plan_heads(
@@ -21,7 +21,7 @@ def plan_heads(
     blocks,
     budget=None,
     method="spectral",
-    allocation="loss",
+    allocation="refit",
     layers=None,
     *,
     cache_bytes=None,
@@ -33,8 +33,8 @@ def plan_heads(
     the source's; `cache_bytes`, the most bytes of KV cache a token, in the model's dtype; `max_increase`, the largest
     acceptable increase of the perplexity without training, 0.05 for 5 % (`heads_for_increase`).
     `method` ("mean" or "spectral") says by which fusion groups are judged. `allocation`: "uniform", the same counts in
-    every layer; "cost", least sum of relative costs; "loss", least sum of measured rises of the loss (`loss_rises`). The
-    last two are solved exactly (`knapsack`).
+    every layer; "cost", least sum of relative costs; "loss", least sum of measured rises of the loss (`loss_rises`);
+    "refit", least sum of what a refit leaves of them (`after_refit`). All but the first are solved exactly (`knapsack`).
 
     Raises ValueError as `wished_heads` does, or if a name is unknown.
     """
@@ -47,7 +47,10 @@ def plan_heads(
 
     @cache
     def prices():
-        return partition_costs(partitions()) if allocation == "cost" else loss_rises(model, blocks, method)
+        if allocation == "cost":
+            return partition_costs(partitions())
+        rises = loss_rises(model, blocks, method)
+        return after_refit(rises) if allocation == "refit" else rises
 
     def counts(heads):
         return uniform_counts(model.config, heads) if allocation == "uniform" else knapsack(prices(), heads)

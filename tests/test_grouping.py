@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dha_utils import HeadPlan, cache_bytes, fuse, perplexity, plan_heads
-from dha_utils.allocation import heads_for_budget, heads_for_increase, knapsack
+from dha_utils.allocation import ALLOCATIONS, heads_for_budget, heads_for_increase, knapsack
 from dha_utils.evaluation import log_probabilities, token_losses
 from dha_utils.fusion import spectral_layers
 from dha_utils.grouping import _agglomerate, best_partitions, pairwise_cost
@@ -125,7 +125,7 @@ def test_measured_rises_add_up_to_what_all_layers_cost_together(mha, blocks):
     assert (rises.diff(dim=-1) <= 0).all() and (rises[..., -1] == 0).all()
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "cost", "loss"])
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
 @pytest.mark.parametrize("method", ["mean", "spectral"])
 def test_plans_meet_their_budget(mha, blocks, allocation, method):
     plan = plan_heads(mha, blocks, 0.5, method, allocation)

@@ -21,6 +21,7 @@ from dha_utils.evaluation import scored_tokens
 from dha_utils.pretraining import TRAINABLE
 from dha_utils.refit import refit
 from dha_utils.runs import ROOT, append_rows, has_row, save_model
+from dha_utils.text import drawn
 from dha_utils.training import training_log
 
 HERE = Path(__file__).parent
@@ -40,7 +41,7 @@ def parse_arguments():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="adapters get ten times as much")
     parser.add_argument("--length", type=int, default=512, help="tokens a block")
-    parser.add_argument("--calibration-blocks", type=int, default=32)
+    parser.add_argument("--calibration-blocks", type=int, default=128)
     parser.add_argument("--validation-blocks", type=int, default=8)
     parser.add_argument("--out", type=Path, help="default: results/recovery_MODEL.csv beside this script")
     return parser.parse_args()
@@ -84,14 +85,11 @@ def main():
     arguments = parse_arguments()
     out = arguments.out or HERE / "results" / f"recovery_{Path(arguments.model).name}.csv"
     source, tokenizer = load_checkpoint(arguments.model)
-    calibration, validation, training = (
+    training, validation = (
         token_blocks(tokenizer, load_text("wikipedia", split), arguments.length, limit)
-        for split, limit in (
-            ("train", arguments.calibration_blocks),
-            ("validation", arguments.validation_blocks),
-            ("train", None),
-        )
+        for split, limit in (("train", None), ("validation", arguments.validation_blocks))
     )
+    calibration = drawn(training, arguments.calibration_blocks, seed=0)
     for run in planned_runs(arguments):
         if has_row(out, run):
             continue

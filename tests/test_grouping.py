@@ -12,6 +12,7 @@ from dha_utils.evaluation import log_probabilities, token_losses
 from dha_utils.fusion import spectral_layers
 from dha_utils.grouping import _agglomerate, best_partitions, pairwise_cost
 from dha_utils.sensitivity import (
+    after_refit,
     fused_in_place,
     group_heads,
     layer_inputs,
@@ -133,6 +134,16 @@ def test_plans_meet_their_budget(mha, blocks, allocation, method):
     assert plan.source_heads == 4
     if allocation == "uniform":
         assert set(plan.key_heads) == set(plan.value_heads) == {2}
+
+
+def test_a_plan_for_the_refit_keeps_fewer_keys(mha, blocks):
+    rises = loss_rises(mha, blocks)
+    prices = after_refit(rises)
+    assert torch.equal(prices[:, 1], rises[:, 1]) and (prices[:, 0, :-1] < rises[:, 0, :-1]).all()
+    keys = [[np.sum(knapsack(price, heads), 0)[0] for heads in range(6, 25)] for price in (prices, rises)]
+    assert all(few <= many for few, many in zip(*keys)) and sum(keys[0]) < sum(keys[1])
+    plan = plan_heads(mha, blocks, 0.5)
+    assert [list(pair) for pair in zip(plan.key_heads, plan.value_heads)] == knapsack(prices, 12)
 
 
 def test_a_cache_size_is_kept_to(mha, blocks):

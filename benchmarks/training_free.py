@@ -1,9 +1,10 @@
 """Perplexity after fusion without any training, over budgets, methods and calibration draws, beside low-rank caches.
 
-    python benchmarks/training_free.py --refit layers        # smollm2-135m, into results/training_free_smollm2-135m.csv
-    python benchmarks/training_free.py --refit attention --seeds 0
+    python benchmarks/training_free.py --refit layers --refit-allocations loss       # smollm2-135m, 16,384 tokens
+    python benchmarks/training_free.py --refit attention --refit-allocations loss --seeds 0
+    python benchmarks/training_free.py --refit layers --refit-allocations loss refit --calibration-blocks 128 --seeds 0
     python benchmarks/training_free.py --model wiki-mha --length 256 --calibration-blocks 64 --validation-blocks 64 \
-        --budgets 0.5 0.25 0.1875 0.125 --refit attention layers
+        --budgets 0.5 0.25 0.1875 0.125 --refit attention layers --refit-allocations loss
 
 Every row stands for one model: the same validation blocks for all, calibration blocks drawn by the seed from the training
 split, whose articles are many: what is fitted to a few of them serves the others badly. Rows that the CSV already has are
@@ -32,6 +33,7 @@ from dha_utils.statistics import collect_statistics
 from dha_utils.text import drawn
 
 HERE = Path(__file__).parent
+WORDS = {"cost": "by cost", "loss": "by loss", "refit": "for the refit"}  # how heads were allocated
 REFITS = {"attention": {"layer_epochs": 0}, "layers": {}}  # what is fitted: settings of `refit`
 
 
@@ -43,7 +45,13 @@ def parse_arguments():
     parser.add_argument("--calibration-blocks", type=int, default=32)
     parser.add_argument("--validation-blocks", type=int, default=8)
     parser.add_argument("--refit", nargs="+", choices=list(REFITS), default=[], help="also fit to the source")
-    parser.add_argument("--refit-allocations", nargs="+", choices=("loss", "refit"), default=["refit"])
+    parser.add_argument(
+        "--refit-allocations",
+        nargs="+",
+        choices=("loss", "refit"),
+        default=["refit"],
+        help="fit plans made for the loss as measured, or for what a refit leaves of it",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration draws")
     parser.add_argument("--table", action="store_true", help="only print the CSV as the Markdown table of the README")
     parser.add_argument("--out", type=Path, help="default: results/training_free_MODEL.csv beside this script")
@@ -116,7 +124,7 @@ def head_counts(model):
 def markdown_table(path):
     """Mean perplexity and its range over the calibration draws: a row per method and size of draw, a column per budget."""
     rows = pd.read_csv(path).sort_values("calibration_tokens", kind="stable")
-    rows["method"] = rows["method"].replace("mean", "mean pooling (GQA)") + ", " + rows["allocation"]
+    rows["method"] = rows["method"].replace("mean", "mean pooling (GQA)") + ", " + rows["allocation"].replace(WORDS)
     used = rows["calibration_tokens"].where(~rows["method"].str.startswith("mean"), 0)
     rows["method"] += used.map(lambda tokens: f", {tokens:,} tokens" if tokens else "")
     budgets = sorted(rows["budget"].unique(), reverse=True)

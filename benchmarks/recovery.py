@@ -7,7 +7,8 @@
 
 All runs see the same training blocks in the order of the seed, and the source is trained on them as the control. A start
 is made once and kept in runs/recovery, a run resumes from its checkpoints, and those that the CSV already has are not
-repeated.
+repeated. The fused starts in the CSVs so far are older than the allocation for the refit: they were planned for the loss
+as measured, and calibrated on evenly spaced blocks.
 """
 
 import argparse

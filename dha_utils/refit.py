@@ -95,26 +95,26 @@ class LayerFit:
 
     @torch.no_grad()
     def solve_output(self):
-        """Move o_proj by ridge regression on the fitted blocks, with ever less ridge while the held-out error falls."""
+        """Move o_proj by ridge regression on the fitted blocks, with the ridge that serves the held-out stream best."""
         before, output = self.error, self.layer.self_attn.o_proj
         if before > EXACT:
-            energy, cross = self.output_moments(output)
-            start = best = output.weight.clone()
-            for ridge in RIDGES:
-                nearness = ridge * energy.diagonal().mean() * torch.eye(len(energy)).to(energy)
-                output.weight.copy_(start + torch.linalg.solve(energy + nearness, cross).T)
-                after = self.measured_error()
-                if after >= self.error:
-                    break
-                self.error, best = after, output.weight.clone()
-            output.weight.copy_(best)
+            (energy, cross), unseen = (self.output_moments(output, part) for part in (~self.held_out, self.held_out))
+            scale = energy.diagonal().mean() * torch.eye(len(energy)).to(energy)
+            moves = [torch.linalg.solve(energy + ridge * scale, cross) for ridge in RIDGES]
+            weight = output.weight.clone()
+            output.weight.add_(min(moves, key=lambda move: error_change(move, *unseen)).T)
+            after = self.measured_error()
+            if after < before:
+                self.error = after
+            else:
+                output.weight.copy_(weight)
         return {"before": before, "after": self.error, "kept": self.error < before}
 
-    def output_moments(self, output):
-        """Σ x xᵀ and Σ x eᵀ over fitted tokens: x is what o_proj reads, e what the stream lacks, both over its norm."""
+    def output_moments(self, output, blocks):
+        """Σ x xᵀ and Σ x eᵀ over tokens: x is what o_proj reads, e what the stream lacks, both over the stream's norm."""
         read, energy, cross = [], 0, 0
         hook = output.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
-        for chosen in torch.nonzero(~self.held_out):
+        for chosen in torch.nonzero(blocks):
             target = self.streams[after_attention][chosen]
             lacking = target - after_attention(self.layer, self.states[chosen], self.turns)
             norm = target.square().sum(-1, keepdim=True).sqrt()
@@ -125,7 +125,7 @@ class LayerFit:
 
     def descend(self, output, part, epochs, learning_rate, random):
         fitted = torch.nonzero(~self.held_out).flatten()
-        optimizer = torch.optim.Adam(part.parameters(), lr=learning_rate, betas=(0.9, 0.95))
+        optimizer = torch.optim.Adam(part.parameters(), lr=learning_rate, betas=(0.9, 0.95), fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(fitted))
         for _ in range(epochs):
             for chosen in fitted[torch.randperm(len(fitted), generator=random)].split(1):
@@ -138,3 +138,8 @@ class LayerFit:
 @torch.no_grad()
 def each_block(output, layer, states, turns):
     return torch.cat([output(layer, block[None], turns) for block in states])
+
+
+def error_change(move, energy, cross):
+    """What adding `move` to the weight of o_proj, transposed, does to Σ ‖e‖² of the tokens of these moments."""
+    return ((energy @ move - 2 * cross) * move).sum().item()

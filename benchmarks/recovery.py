@@ -5,10 +5,10 @@
     python benchmarks/recovery.py --model wiki-mha --length 256 --budget 0.25 --tokens 102400 --seeds 0 1 2 \
         --calibration-blocks 128 --validation-blocks 64 --starts refitted --trainable attention lora all
 
-All runs see the same training blocks in the order of the seed, and the source is trained on them as the control. A start
-is made once and kept in runs/recovery, a run resumes from its checkpoints, and those that the CSV already has are not
-repeated. The fused starts in the CSVs so far are older than the allocation for the refit: they were planned for the loss
-as measured, and calibrated on evenly spaced blocks.
+The seed draws the blocks that calibrate a start and orders the training blocks, the same for all runs; the source is
+trained on them as the control. A start is made once and kept in runs/recovery, a run resumes from its checkpoints, and
+those that the CSV already has are not repeated. The fused starts in the CSVs so far are older than the allocation for the
+refit: they were planned for the loss as measured, and calibrated on evenly spaced blocks, the same for all seeds.
 """
 
 import argparse
@@ -51,7 +51,8 @@ def parse_arguments():
 def start_model(run, source, tokenizer, calibration):
     if run["start"] == "source":
         return source
-    folder = RUNS / "-".join(str(run[column]) for column in ("model", "start", "budget", "calibration_tokens"))
+    columns = ("model", "start", "budget", "calibration_tokens", "seed")
+    folder = RUNS / "-".join(str(run[column]) for column in columns)
     if not folder.exists():
         save_model(make_start(run["start"], source, calibration, run["budget"]), tokenizer, folder)
     return load_checkpoint(folder)[0]
@@ -90,11 +91,10 @@ def main():
         token_blocks(tokenizer, load_text("wikipedia", split), arguments.length, limit)
         for split, limit in (("train", None), ("validation", arguments.validation_blocks))
     )
-    calibration = drawn(training, arguments.calibration_blocks, seed=0)
     for run in planned_runs(arguments):
         if has_row(out, run):
             continue
-        start = start_model(run, source, tokenizer, calibration)
+        start = start_model(run, source, tokenizer, drawn(training, arguments.calibration_blocks, run["seed"]))
         folder = RUNS / "-".join(map(str, run.values()))
         begin = time.perf_counter()
         pretrain(

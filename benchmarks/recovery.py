@@ -1,14 +1,13 @@
 """Perplexity while a fused model recovers: from several starts, on two losses, by several sets of weights.
 
-    python benchmarks/recovery.py --starts spectral source --losses distil lm      # smollm2-135m at 50 %, 40,960 tokens
-    python benchmarks/recovery.py --starts refitted source --losses distil lm --tokens 102400 --calibration-blocks 64
-    python benchmarks/recovery.py --model wiki-mha --length 256 --budget 0.25 --tokens 102400 --seeds 0 1 2 \
+    python benchmarks/recovery.py --starts refitted source --losses distil lm --seeds 1    # smollm2-135m at 50 %
+    python benchmarks/recovery.py --model wiki-mha --length 256 --budget 0.25 --seeds 0 1 2 \
         --calibration-blocks 128 --validation-blocks 64 --starts refitted --trainable attention lora all
 
 The seed draws the blocks that calibrate a start and orders the training blocks, the same for all runs; the source is
 trained on them as the control. A start is made once and kept in runs/recovery, a run resumes from its checkpoints, and
-those that the CSV already has are not repeated. The fused starts in the CSVs so far are older than the allocation for the
-refit: they were planned for the loss as measured, and calibrated on evenly spaced blocks, the same for all seeds.
+those that the CSV already has are not repeated. The fused starts of wiki-mha in the CSV are older than the allocation for
+the refit: they were planned for the loss as measured, and calibrated on evenly spaced blocks, the same for all seeds.
 """
 
 import argparse
@@ -35,8 +34,8 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--budget", type=float, default=0.5)
-    parser.add_argument("--tokens", type=int, default=40960)
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=["spectral"])
+    parser.add_argument("--tokens", type=int, default=102400)
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=["refitted"])
     parser.add_argument("--losses", nargs="+", choices=("distil", "lm"), default=["distil"])
     parser.add_argument("--trainable", nargs="+", choices=TRAINABLE, default=["attention"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

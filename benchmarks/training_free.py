@@ -3,6 +3,7 @@
     python benchmarks/training_free.py --refit layers --refit-allocations loss       # smollm2-135m, 16,384 tokens
     python benchmarks/training_free.py --refit attention --refit-allocations loss --seeds 0
     python benchmarks/training_free.py --refit layers --refit-allocations loss refit --calibration-blocks 128 --seeds 0
+    python benchmarks/training_free.py --refit layers --calibration-blocks 128 --seeds 1 2
     python benchmarks/training_free.py --model wiki-mha --length 256 --calibration-blocks 64 --validation-blocks 64 \
         --budgets 0.5 0.25 0.1875 0.125 --refit attention layers --refit-allocations loss
 

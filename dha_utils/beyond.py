@@ -50,7 +50,8 @@ def rank_agreement(pairs, cost="divergence", resamples=1000, seed=0):
 def with_steps(rows):
     """The rows of `benchmarks/training_free.py` that are a step of the ladder, named in a column `step`, in order."""
     steps = pd.Series(list(zip(rows["method"], rows["allocation"])), index=rows.index).map(STEPS)
-    return rows.assign(step=pd.Categorical(steps, STEPS.values(), ordered=True)).dropna(subset="step").sort_values("step")
+    measured = [name for name in STEPS.values() if name in set(steps)]
+    return rows.assign(step=pd.Categorical(steps, measured, ordered=True)).dropna(subset="step").sort_values("step")
 
 
 def step_table(rows):
@@ -60,9 +61,9 @@ def step_table(rows):
 
 
 def step_gains(rows):
-    """What each step multiplies the perplexity by, against the step before on the same draw; mean over the draws."""
+    """What each step multiplies the perplexity by, against the one measured before it on the same draw; mean over draws."""
     losses = with_steps(rows).pivot_table(index="step", columns=["budget", "seed"], values="perplexity", observed=True)
-    gains = (losses / losses.shift()).iloc[1:]
+    gains = (losses / losses.shift()).reindex(list(STEPS.values())[1:])
     return gains.T.groupby("budget").mean().T.sort_index(axis=1, ascending=False)
 
 
@@ -127,13 +128,14 @@ def ways(rows):
     return rows.merge(best[["method", "budget", "total_tokens", "learning_rate"]].drop_duplicates())
 
 
-def recovery_table(rows, base):
+def recovery_table(rows):
     """Each way to recover after equal tokens and after equal seconds (those of the quickest), mean and range over seeds.
 
-    `rows`: of `ways`, of one model and one number of tokens; `base`: the perplexity of the source. The loss after equal
-    seconds is read off the line between its measured points.
+    `rows`: of `ways`, of one model and one number of tokens, with the source as it was and trained on the same tokens. The
+    loss after equal seconds is read off the line between its measured points.
     """
-    rows = rows[rows["budget"] < 1]
+    control, rows = (rows[chosen] for chosen in (rows["start"] == "source", rows["start"] != "source"))
+    source, trained = control.groupby("tokens")["perplexity"].mean().iloc[[0, -1]]
     quickest, table = rows["seconds"].min(), {}
     for (budget, method), chosen in rows.groupby(["budget", "method"], sort=False):
         runs = [run.sort_values("tokens") for _, run in chosen.groupby("seed")]
@@ -149,7 +151,8 @@ def recovery_table(rows, base):
             "after all tokens": last.mean(),
             "lowest": last.min(),
             "highest": last.max(),
-            "times the source's": last.mean() / base,
+            "over the source": last.mean() / source,
+            "over it trained alike": last.mean() / trained,
             "seconds": chosen["seconds"].mean(),
             f"after {quickest:,.0f} s": np.mean(timed),
             "seeds": len(runs),

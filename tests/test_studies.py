@@ -188,16 +188,23 @@ def test_growth_is_the_exponent():
 
 
 def test_ways_to_recover_are_compared_after_equal_tokens_and_seconds():
-    runs = [("attention", 100, 40, 5e-4), ("all", 200, 50, 5e-4), ("all", 200, 36, 2e-4)]
+    runs = [
+        ("spectral", "attention", 100, 81, 40, 5e-4),
+        ("spectral", "all", 200, 81, 50, 5e-4),
+        ("spectral", "all", 200, 81, 36, 2e-4),
+        ("source", "attention", 50, 19.5, 24.5, 5e-4),
+    ]
     rows = pd.DataFrame(
-        {"start": "spectral", "loss": "distil", "trainable": trainable, "budget": 0.5, "seed": seed, "seconds": seconds}
+        {"start": start, "loss": "distil", "trainable": trainable, "budget": 0.5, "seed": seed, "seconds": seconds}
         | {"tokens": tokens, "total_tokens": 100, "perplexity": perplexity + seed, "learning_rate": rate}
-        for trainable, seconds, end, rate in runs
+        for start, trainable, seconds, begin, end, rate in runs
         for seed in range(2)
-        for tokens, perplexity in ((0, 81), (100, end))
+        for tokens, perplexity in ((0, begin), (100, end))
     )
-    table = recovery_table(ways(rows), base=20)
+    table = recovery_table(ways(rows))
+    assert len(table) == 2
     light, full = table.loc[("50.0%", "spectral, distilled, attention")], table.loc[("50.0%", "spectral, distilled, all")]
-    assert light["after all tokens"] == light["after 100 s"] == 40.5 and light["times the source's"] == 40.5 / 20
+    assert light["after all tokens"] == light["after 100 s"] == 40.5
+    assert (light["over the source"], light["over it trained alike"]) == (40.5 / 20, 40.5 / 25)
     assert (full["lowest"], full["highest"], full["seeds"]) == (36, 37, 2)
     assert full["after 100 s"] == pytest.approx(((81 * 36) ** 0.5 + (82 * 37) ** 0.5) / 2)  # half of its time

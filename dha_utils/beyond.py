@@ -50,8 +50,8 @@ def rank_agreement(pairs, cost="divergence", resamples=1000, seed=0):
 def with_steps(rows):
     """The rows of `benchmarks/training_free.py` that are a step of the ladder, named in a column `step`, in order."""
     steps = pd.Series(list(zip(rows["method"], rows["allocation"])), index=rows.index).map(STEPS)
-    measured = [name for name in STEPS.values() if name in set(steps)]
-    return rows.assign(step=pd.Categorical(steps, measured, ordered=True)).dropna(subset="step").sort_values("step")
+    rows = rows.assign(step=pd.Categorical(steps, STEPS.values(), ordered=True)).dropna(subset="step").sort_values("step")
+    return rows.assign(step=rows["step"].cat.remove_unused_categories())
 
 
 def step_table(rows):

@@ -86,11 +86,8 @@ class LayerFit:
             weights = copy.deepcopy(part.state_dict())
             for rate in (learning_rate, learning_rate / 4):
                 self.descend(output, part, epochs, rate, random)
-                after = self.measured_error()
-                if after < before:
-                    self.error = after
+                if self.keep(part, weights):
                     break
-                part.load_state_dict(weights)
         return {"before": before, "after": self.error, "kept": self.error < before}
 
     @torch.no_grad()
@@ -100,21 +97,29 @@ class LayerFit:
         if before > EXACT:
             (energy, cross), unseen = (self.output_moments(output, part) for part in (~self.held_out, self.held_out))
             scale = energy.diagonal().mean() * torch.eye(len(energy)).to(energy)
-            moves = [torch.linalg.solve(energy + ridge * scale, cross) for ridge in RIDGES]
-            weight = output.weight.clone()
+            moves = (torch.linalg.solve(energy + ridge * scale, cross) for ridge in RIDGES)
+            weights = copy.deepcopy(output.state_dict())
             output.weight.add_(min(moves, key=lambda move: error_change(move, *unseen)).T)
-            after = self.measured_error()
-            if after < before:
-                self.error = after
-            else:
-                output.weight.copy_(weight)
+            self.keep(output, weights)
         return {"before": before, "after": self.error, "kept": self.error < before}
 
-    def output_moments(self, output, blocks):
-        """Σ x xᵀ and Σ x eᵀ over tokens: x is what o_proj reads, e what the stream lacks, both over the stream's norm."""
+    def keep(self, part, weights):
+        """Whether `part`, moved, has lowered the held-out error; if not, its `weights` from before are put back."""
+        after = self.measured_error()
+        if after < self.error:
+            self.error = after
+            return True
+        part.load_state_dict(weights)
+        return False
+
+    def output_moments(self, output, chosen_blocks):
+        """Σ x xᵀ and Σ x eᵀ over the tokens of the blocks that the mask `chosen_blocks` [blocks] names.
+
+        x is what o_proj reads, e what the stream lacks, both over the stream's norm.
+        """
         read, energy, cross = [], 0, 0
         hook = output.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
-        for chosen in torch.nonzero(blocks):
+        for chosen in torch.nonzero(chosen_blocks):
             target = self.streams[after_attention][chosen]
             lacking = target - after_attention(self.layer, self.states[chosen], self.turns)
             norm = target.square().sum(-1, keepdim=True).sqrt()

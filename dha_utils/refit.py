@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 EXACT = 1e-9  # a relative squared error that is rounding: nothing to mend
+WELL = 0.9  # a round of gradient steps that leaves less than this of the error is followed by another
 RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # of the mean energy of what o_proj reads
 
 
@@ -22,8 +23,9 @@ def refit(fused, source, blocks, epochs=2, learning_rate=2e-3, layer_epochs=1, l
     E‖stream of the fused model − stream of the source‖² / ‖stream of the source‖² over tokens: what the next RMSNorm will
     see of it, and no massive activation outweighs all others. The stage "attention" moves the attention and reads the
     stream behind it; "output" solves for o_proj, what reaches it given, with a ridge that keeps it near; "layer" moves all
-    weights of the layer and reads the stream behind that. A stage that did not lower the held-out error behind the layer is
-    undone; gradient steps are tried again at a quarter of the rate. Adam, one block a step, with a cosine to zero;
+    weights of the layer and reads the stream behind that. What does not lower the held-out error behind the layer is
+    undone. Gradient steps go in rounds of `epochs`: Adam, one block a step, with a cosine to zero. A round that took a
+    tenth of the error away is followed by another, one that was undone by one at a quarter of the rate.
     `layer_epochs=0` leaves the MLP alone. Twice the text serves better than twice the epochs.
 
     Raises ValueError with fewer than four blocks.
@@ -80,14 +82,15 @@ class LayerFit:
         return torch.stack([self.loss(after_layer, [int(i)]) for i in torch.nonzero(self.held_out)]).mean().item()
 
     def improve(self, output, part, epochs, learning_rate, random):
-        """Move the weights of `part` until `output` meets its stream, if that lowers the held-out error."""
-        before = self.error
-        if epochs and before > EXACT:
-            weights = copy.deepcopy(part.state_dict())
-            for rate in (learning_rate, learning_rate / 4):
-                self.descend(output, part, epochs, rate, random)
-                if self.keep(part, weights):
-                    break
+        """Move the weights of `part` until `output` meets its stream, while that lowers the held-out error well."""
+        before, rates = self.error, [learning_rate, learning_rate / 4]
+        while epochs and rates and self.error > EXACT:
+            last, weights = self.error, copy.deepcopy(part.state_dict())
+            self.descend(output, part, epochs, rates[0], random)
+            if not self.keep(part, weights):
+                del rates[0]
+            elif self.error > WELL * last:
+                break
         return {"before": before, "after": self.error, "kept": self.error < before}
 
     @torch.no_grad()

@@ -29,6 +29,14 @@ def test_refit_brings_the_fused_model_nearer_to_its_source(model, layer_epochs, 
     assert moved and all(part in name for name in moved)
 
 
+def test_a_round_that_serves_well_is_followed_by_another(mha, blocks, monkeypatch):
+    fused = fuse(mha, plan_for(mha), blocks)
+    more = refit(fused, mha, blocks)[1].loc[(0, "attention")]
+    monkeypatch.setattr("dha_utils.refit.WELL", 0)
+    one = refit(fused, mha, blocks)[1].loc[(0, "attention")]
+    assert one["after"] < 0.9 * one["before"] and more["after"] < one["after"]
+
+
 def test_a_stage_whose_error_does_not_fall_is_undone(mha, blocks, monkeypatch):
     monkeypatch.setattr("dha_utils.refit.RIDGES", (-1.0,))  # pushes away from the best
     fused = fuse(mha, plan_for(mha), blocks)

@@ -39,7 +39,7 @@ def parse_arguments():
     parser.add_argument("--losses", nargs="+", choices=("distil", "lm"), default=["distil"])
     parser.add_argument("--trainable", nargs="+", choices=TRAINABLE, default=["attention"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="adapters get ten times as much")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="adapters get ten times as much")
     parser.add_argument("--length", type=int, default=512, help="tokens a block")
     parser.add_argument("--calibration-blocks", type=int, default=128)
     parser.add_argument("--validation-blocks", type=int, default=8)

@@ -15,9 +15,9 @@ STEPS = {  # (method, allocation) of `benchmarks/training_free.py`
     ("spectral", "uniform"): "+ free planes",
     ("spectral", "cost"): "+ searched groups, by energy",
     ("spectral", "loss"): "+ by measured loss",
-    ("spectral, attention refitted", "loss"): "+ attention refitted",
-    ("spectral, layers refitted", "loss"): "+ layers refitted",
-    ("spectral, layers refitted", "refit"): "+ allocated for the refit",
+    ("spectral", "refit"): "+ allocated for the refit",
+    ("spectral, attention refitted", "refit"): "+ attention refitted",
+    ("spectral, layers refitted", "refit"): "+ layers refitted",
 }
 DRAW = ["budget", "calibration_tokens", "seed"]  # what the rows of one calibration draw share
 MEASURES = ("weight_cka", "activation_cka", "cosine", "omega", "spectral")
@@ -75,16 +75,16 @@ def low_rank(rows):
 def against_low_rank(rows):
     """The refitted model against a low-rank cache of the same size, made from the same text.
 
-    A row per head budget, size of the text and allocation of the heads; 95 % interval of the ratio over the draws.
+    A row per head budget and size of the text; 95 % interval of the ratio over the draws.
     """
     refitted = rows[rows["method"] == "spectral, layers refitted"].rename(columns={"perplexity": "DHA"})
     pairs = refitted.merge(low_rank(rows).rename("low rank"), on=DRAW)
-    table, cases = {}, [*DRAW[:2], "allocation"]
+    table, cases = {}, DRAW[:2]
     for case, pair in pairs.groupby(cases):
         mean, low, high = interval(pair["DHA"] / pair["low rank"])
         figures = {"DHA / low rank": mean, "low": low, "high": high, "draws": len(pair)}
         table[case] = dict(pair[["DHA", "low rank"]].mean()) | figures | {"DHA is lower": verdict(1 - high, 1 - low)}
-    return pd.DataFrame(table).T.rename_axis(cases).sort_index(ascending=[False, True, True])
+    return pd.DataFrame(table).T.rename_axis(cases).sort_index(ascending=[False, True])
 
 
 def ladder(rows, title):

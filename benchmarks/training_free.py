@@ -10,7 +10,7 @@ split, whose articles are many: what is fitted to a few of them serves the other
 not measured again, so an interrupted run resumes, and processes with other seeds may run beside it.
 
 The refitted rows of smollm2-135m in the CSV are older than the rounds that the refit repeats, except for draw 1 of 65,536
-tokens at two thirds and half of the heads; those at 16,384 tokens were planned for the loss as measured, too.
+tokens; those at 16,384 tokens were planned for the loss as measured, too.
 """
 
 import argparse

@@ -6,8 +6,9 @@
 
 The seed draws the blocks that calibrate a start and orders the training blocks, the same for all runs; the source is
 trained on them as the control. A start is made once and kept in runs/recovery, a run resumes from its checkpoints, and
-those that the CSV already has are not repeated. The fused starts of wiki-mha in the CSV are older than the allocation for
-the refit: they were planned for the loss as measured, and calibrated on evenly spaced blocks, the same for all seeds.
+those that the CSV already has are not repeated. The fused starts in the CSVs are older than the rounds that the refit
+repeats, and all smollm2-135m runs are at a learning rate of 5e-4. The starts of wiki-mha were planned for the loss as
+measured, too, and calibrated on evenly spaced blocks, the same for all seeds.
 """
 
 import argparse

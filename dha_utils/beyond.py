@@ -131,11 +131,13 @@ def ways(rows):
 def recovery_table(rows):
     """Each way to recover after equal tokens and after equal seconds (those of the quickest), mean and range over seeds.
 
-    `rows`: of `ways`, of one model and one number of tokens, with the source as it was and trained on the same tokens. The
-    loss after equal seconds is read off the line between its measured points.
+    `rows`: of `ways`, of one model and one number of tokens, with the source as it was and with the
+    same of its weights trained on the same tokens. The loss after equal seconds is read off the line between its measured
+    points.
     """
     control, rows = (rows[chosen] for chosen in (rows["start"] == "source", rows["start"] != "source"))
-    source, trained = control.groupby("tokens")["perplexity"].mean().iloc[[0, -1]]
+    source = control.loc[control["tokens"] == 0, "perplexity"].mean()
+    trained = control[control["tokens"] == control["total_tokens"]].groupby("trainable")["perplexity"].mean()
     quickest, table = rows["seconds"].min(), {}
     for (budget, method), chosen in rows.groupby(["budget", "method"], sort=False):
         runs = [run.sort_values("tokens") for _, run in chosen.groupby("seed")]
@@ -152,7 +154,7 @@ def recovery_table(rows):
             "lowest": last.min(),
             "highest": last.max(),
             "over the source": last.mean() / source,
-            "over it trained alike": last.mean() / trained,
+            "over it trained alike": last.mean() / trained[chosen["trainable"].iloc[0]],
             "seconds": chosen["seconds"].mean(),
             f"after {quickest:,.0f} s": np.mean(timed),
             "seeds": len(runs),

@@ -9,6 +9,7 @@ import pandas as pd
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
+DIGITS = ".6g"  # of the numbers in the CSVs
 
 
 def open_run(run_dir, **settings):
@@ -63,16 +64,17 @@ def read_rows(path):
 
 
 def has_row(path, values):
-    """Whether a CSV has a row with these values, {column: value}."""
+    """Whether a CSV has a row with these values, {column: value}, as `append_rows` writes them."""
     rows = read_rows(path)
-    return len(rows) > 0 and bool((rows[list(values)] == pd.Series(values)).all(axis=1).any())
+    written = {name: float(f"{value:{DIGITS}}") if isinstance(value, float) else value for name, value in values.items()}
+    return len(rows) > 0 and bool((rows[list(values)] == pd.Series(written)).all(axis=1).any())
 
 
 def append_rows(path, rows):
     """Add `rows` (dictionaries) to a CSV to which other processes may be adding theirs."""
     with FileLock(f"{path}.lock"):
         table = pd.concat([read_rows(path), pd.DataFrame(rows)])
-        write_whole(path, table.to_csv(index=False, float_format="%.6g"))
+        write_whole(path, table.to_csv(index=False, float_format=f"%{DIGITS}"))
 
 
 def save_model(model, tokenizer, path):

@@ -8,7 +8,7 @@ from conftest import killed_at_forward, logits
 
 from dha_utils import HeadPlan, fuse, pretrain
 from dha_utils.evaluation import perplexity, scored_tokens, token_losses
-from dha_utils.runs import open_run, record_metrics, require, save_model, write_whole
+from dha_utils.runs import append_rows, has_row, open_run, record_metrics, require, save_model, write_whole
 from dha_utils.training import training_log
 
 
@@ -126,6 +126,14 @@ def test_metrics_of_a_stage_replace_its_earlier_ones(tmp_path):
     record_metrics(tmp_path, "source", [{"method": "source", "perplexity": 7.0}])
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert sorted(lines) == sorted(["stage,method,perplexity", "trained,x,8.0", "source,source,7.0"])
+
+
+def test_a_measured_row_is_found_again(tmp_path):
+    path, run = tmp_path / "rows.csv", {"method": "mean", "budget": 1 / 3, "seed": 1}
+    assert not has_row(path, run)
+    append_rows(path, [run | {"perplexity": 23.456789}])
+    assert has_row(path, run)
+    assert not has_row(path, run | {"seed": 2}) and not has_row(path, run | {"budget": 0.333})
 
 
 def test_a_model_is_replaced_whole(fused, tmp_path):

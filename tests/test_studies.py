@@ -192,6 +192,7 @@ def test_ways_to_recover_are_compared_after_equal_tokens_and_seconds():
         ("spectral", "all", 200, 81, 50, 5e-4),
         ("spectral", "all", 200, 81, 36, 2e-4),
         ("source", "attention", 50, 19.5, 24.5, 5e-4),
+        ("source", "all", 50, 19.5, 23.5, 5e-4),
     ]
     rows = pd.DataFrame(
         {"start": start, "loss": "distil", "trainable": trainable, "budget": 0.5, "seed": seed, "seconds": seconds}
@@ -206,4 +207,5 @@ def test_ways_to_recover_are_compared_after_equal_tokens_and_seconds():
     assert light["after all tokens"] == light["after 100 s"] == 40.5
     assert (light["over the source"], light["over it trained alike"]) == (40.5 / 20, 40.5 / 25)
     assert (full["lowest"], full["highest"], full["seeds"]) == (36, 37, 2)
+    assert full["over it trained alike"] == 36.5 / 24
     assert full["after 100 s"] == pytest.approx(((81 * 36) ** 0.5 + (82 * 37) ** 0.5) / 2)  # half of its time

@@ -31,7 +31,7 @@ def plan_heads(
 
     `blocks` [blocks, length]: calibration tokens. The wish is one of `budget`, key and value heads to keep, as a share of
     the source's; `cache_bytes`, the most bytes of KV cache a token, in the model's dtype; `max_increase`, the largest
-    acceptable increase of the perplexity without training, 0.05 for 5 % (`heads_for_increase`).
+    acceptable increase of the perplexity before refit and training, 0.05 for 5 % (`heads_for_increase`).
     `method` ("mean" or "spectral") says by which fusion groups are judged. `allocation`: "uniform", the same counts in
     every layer; "cost", least sum of relative costs; "loss", least sum of measured rises of the loss (`loss_rises`);
     "refit", least sum of what a refit leaves of them (`after_refit`). All but the first are solved exactly (`knapsack`).
@@ -89,11 +89,11 @@ def budget_for_cache(model, cache_bytes):
 
 @torch.no_grad()
 def heads_for_increase(model, blocks, max_increase, counts, method="spectral"):
-    """The fewest heads with which the perplexity rises by at most the share `max_increase`, before any training.
+    """The fewest heads with which the perplexity rises by at most the share `max_increase`, as fused.
 
     `counts`: gives [layers, 2] for a number of heads. Every second block makes the fusion, the others measure the rise; the
     number of heads is bisected, as if more heads never were worse. What was found is logged, with the 95 % interval of
-    the increase over the measuring blocks.
+    the increase over the measuring blocks. A refit lowers it further: with one the budget found is on the safe side.
 
     Raises ValueError if `max_increase` is not above 0.
     """

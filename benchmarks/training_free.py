@@ -9,8 +9,8 @@ Every row stands for one model: the same validation blocks for all, calibration 
 split, whose articles are many: what is fitted to a few of them serves the others badly. Rows that the CSV already has are
 not measured again, so an interrupted run resumes, and processes with other seeds may run beside it.
 
-The refitted rows of smollm2-135m in the CSV are older than the rounds that the refit repeats, except for draw 1 of 65,536
-tokens; those at 16,384 tokens were planned for the loss as measured, too.
+Some refitted rows of smollm2-135m in the CSV are older than the rounds that the refit repeats: on 65,536 tokens draws 0 and
+2 at two thirds and at a third of the heads, on 16,384 tokens all, and those were planned for the loss as measured, too.
 """
 
 import argparse

@@ -1,14 +1,19 @@
-"""Perplexity while a fused model recovers: from several starts, on two losses, by several sets of weights.
+"""Perplexity while a fused and refitted model recovers: on two losses, by several sets of weights.
 
-    python benchmarks/recovery.py --starts refitted source --losses distil lm --seeds 1    # smollm2-135m at 50 %
-    python benchmarks/recovery.py --model wiki-mha --length 256 --budget 0.25 --seeds 0 1 2 \
-        --calibration-blocks 128 --validation-blocks 64 --starts refitted --trainable attention lora all
+    python benchmarks/recovery.py --seeds 0 1 2                                # smollm2-135m at 50 %, distilled
+    python benchmarks/recovery.py --seeds 0 1 2 --starts source --losses lm    # its control
+
+Those of wiki-mha, --model wiki-mha --length 256 --calibration-blocks 128 --validation-blocks 64 --seeds 0 1 2 with each of
+
+    --budget 0.25 --trainable attention lora all
+    --budget 0.25 --losses lm
+    --budget 0.125 --tokens 512000 --trainable all
+    --starts source --losses lm --trainable attention lora all
+    --starts source --losses lm --trainable all --tokens 512000
 
 The seed draws the blocks that calibrate a start and orders the training blocks, the same for all runs; the source is
 trained on them as the control. A start is made once and kept in runs/recovery, a run resumes from its checkpoints, and
-those that the CSV already has are not repeated. The fused starts in the CSVs are older than the rounds that the refit
-repeats, and all smollm2-135m runs are at a learning rate of 5e-4. The starts of wiki-mha were planned for the loss as
-measured, too, and calibrated on evenly spaced blocks, the same for all seeds.
+those that the CSV already has are not repeated.
 """
 
 import argparse
@@ -17,7 +22,6 @@ from itertools import product
 from pathlib import Path
 
 from dha_utils import fuse, load_checkpoint, load_text, plan_heads, pretrain, token_blocks
-from dha_utils.allocation import heads_for_budget, uniform_plan
 from dha_utils.evaluation import scored_tokens
 from dha_utils.pretraining import TRAINABLE
 from dha_utils.refit import refit
@@ -26,8 +30,7 @@ from dha_utils.text import drawn
 from dha_utils.training import training_log
 
 HERE = Path(__file__).parent
-STARTS = ("refitted", "spectral", "mean", "source")
-CALIBRATED = ("refitted", "spectral")
+STARTS = ("refitted", "source")
 RUNS = ROOT / "runs" / "recovery"
 
 
@@ -54,15 +57,9 @@ def start_model(run, source, tokenizer, calibration):
     columns = ("model", "start", "budget", "calibration_tokens", "seed")
     folder = RUNS / "-".join(str(run[column]) for column in columns)
     if not folder.exists():
-        save_model(make_start(run["start"], source, calibration, run["budget"]), tokenizer, folder)
+        fused = fuse(source, plan_heads(source, calibration, run["budget"]), calibration)
+        save_model(refit(fused, source, calibration)[0], tokenizer, folder)
     return load_checkpoint(folder)[0]
-
-
-def make_start(start, source, calibration, budget):
-    if start == "mean":
-        return fuse(source, uniform_plan(source.config, heads_for_budget(source.config, budget)), method="mean")
-    fused = fuse(source, plan_heads(source, calibration, budget), calibration)
-    return fused if start == "spectral" else refit(fused, source, calibration)[0]
 
 
 def planned_runs(arguments):
@@ -76,7 +73,7 @@ def planned_runs(arguments):
             "loss": loss,
             "trainable": trainable,
             "budget": arguments.budget if start != "source" else 1.0,
-            "calibration_tokens": arguments.calibration_blocks * arguments.length if start in CALIBRATED else 0,
+            "calibration_tokens": arguments.calibration_blocks * arguments.length if start != "source" else 0,
             "seed": seed,
             "total_tokens": arguments.tokens,
             "learning_rate": arguments.learning_rate * (10 if trainable == "lora" else 1),

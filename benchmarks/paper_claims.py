@@ -33,7 +33,7 @@ from dha_utils.claims import at_best_rate
 from dha_utils.evaluation import scored_tokens
 from dha_utils.grouping import pairwise_cost
 from dha_utils.linear import learn_fusion
-from dha_utils.runs import ROOT, append_rows, has_row, read_rows
+from dha_utils.runs import ROOT, append_rows, has_row, rows_with
 from dha_utils.search import anneal, score_partitions, search_scores
 from dha_utils.sensitivity import partition_costs, plan_of_counts
 from dha_utils.text import drawn
@@ -157,10 +157,9 @@ def planned_runs(arguments):
 
 def best_rate_below(out, run, rates):
     """Of the learning rates, the one that did best with the most tokens below this run's; all if none has been tried."""
-    rows = read_rows(out)
+    rows = rows_with(out, {"method": run["method"], "budget": run["budget"]})
     if len(rows):
-        same = (rows["method"] == run["method"]) & (rows["budget"] == run["budget"])
-        rows = rows[same & (rows["tokens"] < run["tokens"]) & rows["learning_rate"].isin(rates)]
+        rows = rows[(rows["tokens"] < run["tokens"]) & rows["learning_rate"].isin(rates)]
     if not len(rows):
         return rates
     below = rows[rows["tokens"] == rows["tokens"].max()]

@@ -30,7 +30,6 @@ from dha_utils.text import drawn
 from dha_utils.training import training_log
 
 HERE = Path(__file__).parent
-STARTS = ("refitted", "source")
 RUNS = ROOT / "runs" / "recovery"
 
 
@@ -39,7 +38,7 @@ def parse_arguments():
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--tokens", type=int, default=102400)
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=["refitted"])
+    parser.add_argument("--starts", nargs="+", choices=("refitted", "source"), default=["refitted"])
     parser.add_argument("--losses", nargs="+", choices=("distil", "lm"), default=["distil"])
     parser.add_argument("--trainable", nargs="+", choices=TRAINABLE, default=["attention"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

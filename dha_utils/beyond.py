@@ -131,9 +131,8 @@ def ways(rows):
 def recovery_table(rows):
     """Each way to recover after equal tokens and after equal seconds (those of the quickest), mean and range over seeds.
 
-    `rows`: of `ways`, of one model and one number of tokens, with the source as it was and with the
-    same of its weights trained on the same tokens. The loss after equal seconds is read off the line between its measured
-    points.
+    `rows`: of `ways`, of one model and one number of tokens, with the source as it was and with the same of its weights
+    trained on the same tokens. The loss after equal seconds is read off the line between its measured points.
     """
     control, rows = (rows[chosen] for chosen in (rows["start"] == "source", rows["start"] != "source"))
     source = control.loc[control["tokens"] == 0, "perplexity"].mean()

@@ -63,11 +63,16 @@ def read_rows(path):
     return pd.read_csv(path) if Path(path).exists() else pd.DataFrame()
 
 
-def has_row(path, values):
-    """Whether a CSV has a row with these values, {column: value}, as `append_rows` writes them."""
+def rows_with(path, values):
+    """The rows of a CSV with these values, {column: value}, as `append_rows` writes them."""
     rows = read_rows(path)
     written = {name: float(f"{value:{DIGITS}}") if isinstance(value, float) else value for name, value in values.items()}
-    return len(rows) > 0 and bool((rows[list(values)] == pd.Series(written)).all(axis=1).any())
+    return rows[(rows[list(values)] == pd.Series(written)).all(axis=1)] if len(rows) else rows
+
+
+def has_row(path, values):
+    """Whether `rows_with` finds any."""
+    return len(rows_with(path, values)) > 0
 
 
 def append_rows(path, rows):

@@ -8,7 +8,7 @@ from conftest import killed_at_forward, logits
 
 from dha_utils import HeadPlan, fuse, pretrain
 from dha_utils.evaluation import perplexity, scored_tokens, token_losses
-from dha_utils.runs import append_rows, has_row, open_run, record_metrics, require, save_model, write_whole
+from dha_utils.runs import append_rows, has_row, open_run, record_metrics, require, rows_with, save_model, write_whole
 from dha_utils.training import training_log
 
 
@@ -132,7 +132,7 @@ def test_a_measured_row_is_found_again(tmp_path):
     path, run = tmp_path / "rows.csv", {"method": "mean", "budget": 1 / 3, "seed": 1}
     assert not has_row(path, run)
     append_rows(path, [run | {"perplexity": 23.456789}])
-    assert has_row(path, run)
+    assert has_row(path, run) and rows_with(path, run)["perplexity"].tolist() == [23.4568]
     assert not has_row(path, run | {"seed": 2}) and not has_row(path, run | {"budget": 0.333})
 
 

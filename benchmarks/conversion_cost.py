@@ -1,7 +1,8 @@
 """What a conversion costs: seconds and peak memory of each of its stages, and how both grow with the model's shape.
 
     python benchmarks/conversion_cost.py                     # random shapes, one dimension varied at a time
-    python benchmarks/conversion_cost.py --cases smollm2-135m wiki-mha tinyllama-1.1b
+    python benchmarks/conversion_cost.py --cases smollm2-135m --blocks 16 --length 512
+    python benchmarks/conversion_cost.py --cases tinyllama-1.1b --device cuda   # measured on an H200
 
 The shapes have random weights and a vocabulary of 1,024; `tinyllama-1.1b` is TinyLlama's shape (arXiv 2401.02385). Every
 case runs in a process of its own; its memory is the process's peak so far, weights of source and product included. Half

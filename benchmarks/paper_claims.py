@@ -8,8 +8,11 @@
 Tokens are counted from the first step of the search; a run at T tokens has its own schedule. A tenth of them goes to the
 search (at most its 240 steps), at most half to learning the fusion, the rest to continued pre-training of all weights on
 the LM loss, at each of the learning rates: what suits a broken start is too fast for one that is nearly the source. Where
-the CSV has fewer tokens already, only at the one that did best there, for each method and budget apart.
-Runs resume, and those that the CSV already has are not repeated.
+the CSV has fewer tokens already, only at the one that did best there and at faster ones, which longer runs bear, for each
+method and budget apart. Runs resume, and those that the CSV already has are not repeated.
+
+The rows with the device cuda: an H200, --device cuda, up to 20 runs beside one another, which makes their seconds long;
+those of smollm2-135m in TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1), but for spectral fusion.
 """
 
 import argparse
@@ -56,6 +59,7 @@ def parse_arguments():
     parser.add_argument("--length", type=int, default=256, help="tokens a block")
     parser.add_argument("--calibration-blocks", type=int, default=16, help="for CKA on text and for spectral fusion")
     parser.add_argument("--validation-blocks", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="default: results/paper_claims_MODEL.csv beside this script")
     return parser.parse_args()
 
@@ -65,7 +69,7 @@ class Study:
 
     def __init__(self, arguments):
         self.name, self.length = Path(arguments.model).name, arguments.length
-        self.source, tokenizer = load_checkpoint(arguments.model)
+        self.source, tokenizer = load_checkpoint(arguments.model, device=arguments.device)
         self.training, self.validation = (
             token_blocks(tokenizer, load_text("wikipedia", split), arguments.length, limit)
             for split, limit in (("train", None), ("validation", arguments.validation_blocks))
@@ -80,13 +84,16 @@ def gqa(study, budget, tokens, seed, folder):
 
 
 def gqa_by_cka(study, budget, tokens, seed, folder):
-    """(b) GQA whose groups, equal in size and the same for keys and values, are annealed on the CKA of their weights."""
+    """(b) GQA whose groups, (nearly) equal in size and as many in every layer, are annealed on the CKA of the weights."""
     config = study.source.config
     similarity = head_similarity(study.source)
-    kept = round(budget * config.num_key_value_heads)
+    counts = uniform_counts(config, heads_for_budget(config, budget))
     distances = (2 - similarity["key"] - similarity["value"]).tolist()
-    groups = [anneal(pairwise_cost(layer), config.num_key_value_heads, kept, seed)[1] for layer in distances]
-    return fuse(study.source, HeadPlan(groups, groups), method="mean"), 0
+    groups = [
+        [anneal(pairwise_cost(layer), config.num_key_value_heads, kept, seed)[1] for kept in count]
+        for layer, count in zip(distances, counts)
+    ]
+    return fuse(study.source, HeadPlan(*map(list, zip(*groups))), method="mean"), 0
 
 
 def dha(study, budget, tokens, seed, folder, groups="search", allocation="knapsack", fusion="linear"):
@@ -155,15 +162,15 @@ def planned_runs(arguments):
                     yield {"method": method, "budget": share, "tokens": tokens, "seed": seed}
 
 
-def best_rate_below(out, run, rates):
-    """Of the learning rates, the one that did best with the most tokens below this run's; all if none has been tried."""
+def rates_to_try(out, run, rates):
+    """Of the learning rates, the one that did best with the most tokens below this run's and faster ones; else all."""
     rows = rows_with(out, {"method": run["method"], "budget": run["budget"]})
     if len(rows):
         rows = rows[(rows["tokens"] < run["tokens"]) & rows["learning_rate"].isin(rates)]
     if not len(rows):
         return rates
-    below = rows[rows["tokens"] == rows["tokens"].max()]
-    return at_best_rate(below)["learning_rate"].unique().tolist()
+    best = at_best_rate(rows[rows["tokens"] == rows["tokens"].max()])["learning_rate"].min()
+    return [rate for rate in rates if rate >= best]
 
 
 def measure(study, run, learning_rates):
@@ -184,6 +191,7 @@ def measure(study, run, learning_rates):
         "value_heads": sum(values for _, values in counts) or heads,
         "heads_by_layer": " ".join(f"{keys}+{values}" for keys, values in counts),
         "validation_tokens": scored_tokens(study.validation),
+        "device": study.source.device.type,
     }
     before = time.perf_counter() - begin
     for rate in learning_rates:
@@ -210,7 +218,7 @@ def main():
     out = arguments.out or HERE / "results" / f"paper_claims_{Path(arguments.model).name}.csv"
     study = Study(arguments)
     for run in planned_runs(arguments):
-        rates = best_rate_below(out, run, arguments.learning_rates) if run["tokens"] else [0.0]
+        rates = rates_to_try(out, run, arguments.learning_rates) if run["tokens"] else [0.0]
         rates = [rate for rate in rates if not has_row(out, run | {"learning_rate": rate})]
         if not rates:
             continue

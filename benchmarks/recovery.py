@@ -11,6 +11,15 @@ Those of wiki-mha, --model wiki-mha --length 256 --calibration-blocks 128 --vali
     --starts source --losses lm --trainable attention lora all
     --starts source --losses lm --trainable all --tokens 512000
 
+On a GPU, --device cuda --tokens 512000 --seeds 0 1 2 with each of
+
+    --budget 0.5
+    --budget 0.3333333333333333
+    --starts source --losses lm
+
+The rows of those are an H200's, other runs beside them, which makes their seconds long; the starts were made in float32,
+the training was in TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1).
+
 The seed draws the blocks that calibrate a start and orders the training blocks, the same for all runs; the source is
 trained on them as the control. A start is made once and kept in runs/recovery, a run resumes from its checkpoints, and
 those that the CSV already has are not repeated.
@@ -46,6 +55,7 @@ def parse_arguments():
     parser.add_argument("--length", type=int, default=512, help="tokens a block")
     parser.add_argument("--calibration-blocks", type=int, default=128)
     parser.add_argument("--validation-blocks", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="default: results/recovery_MODEL.csv beside this script")
     return parser.parse_args()
 
@@ -58,7 +68,7 @@ def start_model(run, source, tokenizer, calibration):
     if not folder.exists():
         fused = fuse(source, plan_heads(source, calibration, run["budget"]), calibration)
         save_model(refit(fused, source, calibration)[0], tokenizer, folder)
-    return load_checkpoint(folder)[0]
+    return load_checkpoint(folder, device=source.device)[0]
 
 
 def planned_runs(arguments):
@@ -82,7 +92,7 @@ def planned_runs(arguments):
 def main():
     arguments = parse_arguments()
     out = arguments.out or HERE / "results" / f"recovery_{Path(arguments.model).name}.csv"
-    source, tokenizer = load_checkpoint(arguments.model)
+    source, tokenizer = load_checkpoint(arguments.model, device=arguments.device)
     training, validation = (
         token_blocks(tokenizer, load_text("wikipedia", split), arguments.length, limit)
         for split, limit in (("train", None), ("validation", arguments.validation_blocks))
@@ -107,7 +117,12 @@ def main():
         rows = (
             training_log(folder)[["tokens", "perplexity"]]
             .round(4)
-            .assign(**run, validation_tokens=scored_tokens(validation), seconds=round(time.perf_counter() - begin))
+            .assign(
+                **run,
+                validation_tokens=scored_tokens(validation),
+                device=source.device.type,
+                seconds=round(time.perf_counter() - begin),
+            )
         )
         append_rows(out, rows)
 

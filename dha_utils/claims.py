@@ -123,7 +123,7 @@ def study_lines(rows, title, logarithmic=True):
         columns = {"x": "tokens", "y": "perplexity", "hue": "method", "style": "method"}
         sns.lineplot(chosen, **columns, **style, errorbar=("pi", 100), ax=axis, legend=last)
         scale = " (log scale)" if logarithmic else ""
-        axis.set(title=f"{100 * budget:g}% of the heads", xlabel=f"training tokens{scale}")
+        axis.set(title=f"{100 * budget:.3g}% of the heads", xlabel=f"training tokens{scale}")
         axis.set(ylabel=f"validation perplexity{scale}")
         if logarithmic:
             axis.set_yscale("log")

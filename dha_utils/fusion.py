@@ -37,7 +37,8 @@ def fuse(model, plan, blocks=None, method="spectral", free_frequencies=True, lay
 
 def assemble(model, fused_layers):
     """The DHA model with the attention of `fused_layers`, one `FusedLayer` a layer, and all else from `model`."""
-    fused = DhaForCausalLM(dha_config(model.config, fused_layers)).to(model.device, model.dtype)
+    with torch.device(model.device):
+        fused = DhaForCausalLM(dha_config(model.config, fused_layers)).to(model.dtype)
     weights, own = model.state_dict(), fused.state_dict()
     weights = {name: weight for name, weight in weights.items() if name in own and ".self_attn." not in name}
     for i, layer in enumerate(fused_layers):

@@ -5,6 +5,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
+from paper_claims import rates_to_try
 
 from dha_utils.beyond import (
     MEASURES,
@@ -19,6 +20,7 @@ from dha_utils.beyond import (
 )
 from dha_utils.claims import at_best_rate, gains, heads_by_layer, paper_verdicts, token_savings, trained_by_all, verdict
 from dha_utils.evaluation import interval
+from dha_utils.runs import append_rows
 
 # perplexity after 100, 300 and 3,000 tokens
 CURVES = {
@@ -101,6 +103,18 @@ def test_every_method_gets_its_best_rate(rows):
     best = at_best_rate(pd.concat([fast, slow]))
     assert len(best) == len(rows)
     assert (best["learning_rate"] == np.where(best["method"] == "DHA", 2e-4, 5e-4)).all()
+
+
+def test_longer_runs_are_not_slower_than_the_best_of_the_shorter(tmp_path):
+    run = {"method": "GQA", "budget": 1 / 3, "tokens": 300}
+    rates, out = [1e-4, 2e-4, 5e-4], tmp_path / "rows.csv"
+    assert rates_to_try(out, run, rates) == rates
+    for seed, perplexities in enumerate(([9, 6, 7], [9, 6, 5.5])):
+        for rate, perplexity in zip(rates, perplexities):
+            append_rows(out, [run | {"tokens": 100, "seed": seed, "learning_rate": rate, "perplexity": perplexity}])
+    append_rows(out, [run | {"tokens": 300, "seed": 0, "learning_rate": 5e-4, "perplexity": 1}])
+    assert rates_to_try(out, run, rates) == [2e-4, 5e-4]
+    assert rates_to_try(out, run | {"method": "DHA"}, rates) == rates
 
 
 def test_methods_are_compared_where_none_is_missing(rows):

@@ -4,8 +4,8 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
+import paper_claims
 import pytest
-from paper_claims import rates_to_try
 
 from dha_utils.beyond import (
     MEASURES,
@@ -18,7 +18,17 @@ from dha_utils.beyond import (
     step_gains,
     ways,
 )
-from dha_utils.claims import at_best_rate, gains, heads_by_layer, paper_verdicts, token_savings, trained_by_all, verdict
+from dha_utils.claims import (
+    METHODS,
+    at_best_rate,
+    complete_runs,
+    gains,
+    heads_by_layer,
+    paper_verdicts,
+    token_savings,
+    trained_by_all,
+    verdict,
+)
 from dha_utils.evaluation import interval
 from dha_utils.runs import append_rows
 
@@ -108,13 +118,28 @@ def test_every_method_gets_its_best_rate(rows):
 def test_longer_runs_are_not_slower_than_the_best_of_the_shorter(tmp_path):
     run = {"method": "GQA", "budget": 1 / 3, "tokens": 300}
     rates, out = [1e-4, 2e-4, 5e-4], tmp_path / "rows.csv"
-    assert rates_to_try(out, run, rates) == rates
+    assert paper_claims.rates_to_try(out, run, rates) == rates
     for seed, perplexities in enumerate(([9, 6, 7], [9, 6, 5.5])):
         for rate, perplexity in zip(rates, perplexities):
             append_rows(out, [run | {"tokens": 100, "seed": seed, "learning_rate": rate, "perplexity": perplexity}])
     append_rows(out, [run | {"tokens": 300, "seed": 0, "learning_rate": 5e-4, "perplexity": 1}])
-    assert rates_to_try(out, run, rates) == [2e-4, 5e-4]
-    assert rates_to_try(out, run | {"method": "DHA"}, rates) == rates
+    assert paper_claims.rates_to_try(out, run, rates) == [2e-4, 5e-4]
+    assert paper_claims.rates_to_try(out, run | {"method": "DHA"}, rates) == rates
+
+
+def test_runs_that_lack_a_seed_are_left_out(rows):
+    rows["learning_rate"] = 2e-4
+    unfinished = rows[(rows["method"] == "DHA") & (rows["tokens"] == 3000)].index[0]
+    left = complete_runs(rows.sample(frac=1, random_state=0).drop(unfinished))
+    assert len(left) == len(rows) - 3
+    assert left.query("tokens == 3000")["method"].drop_duplicates().tolist() == [m for m in CURVES if m != "DHA"]
+    assert left.query("tokens == 300")["method"].drop_duplicates().tolist() == list(CURVES)
+    assert list(paper_claims.METHODS) == list(METHODS)
+
+
+def test_a_claim_whose_methods_have_not_run_gets_no_verdict(rows):
+    table = paper_verdicts(rows[rows["method"] != "GQA, groups by CKA"], 0.25, 3000, 300)
+    assert len(table) == 7 and "groups by CKA gain GQA nothing" not in table.index
 
 
 def test_methods_are_compared_where_none_is_missing(rows):

@@ -10,7 +10,7 @@ split, whose articles are many: what is fitted to a few of them serves the other
 not measured again, so an interrupted run resumes, and processes with other seeds may run beside it.
 
 Some refitted rows of smollm2-135m in the CSV are older than the rounds that the refit repeats: on 65,536 tokens draws 0 and
-2 at two thirds and at a third of the heads, on 16,384 tokens all, and those were planned for the loss as measured, too.
+2 at two thirds of the heads and draw 2 at a third, on 16,384 tokens all, and those were planned for the loss as measured.
 """
 
 import argparse

@@ -106,7 +106,7 @@ def heads_for_increase(model, blocks, max_increase, counts, method="spectral"):
 
     def rises(heads):
         fused = fuse(model, plan_of_counts(partitions, counts(heads)), method=method, layers=layers)
-        return token_losses(fused, held_out).mean(1) - base
+        return (token_losses(fused, held_out).mean(1) - base).cpu()
 
     too_few = 2 * model.config.num_hidden_layers - 1
     enough = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads

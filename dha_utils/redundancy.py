@@ -33,7 +33,7 @@ def head_similarity(model, blocks=None, metric="weight_cka"):
         ]
     else:
         layers = [_layer_cka(attention, statistic) for attention, statistic in zip(attentions, statistics)]
-    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+    return {name: torch.stack([layer[name] for layer in layers]).cpu() for name in layers[0]}
 
 
 def layer_redundancy(similarity):

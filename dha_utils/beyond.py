@@ -159,3 +159,21 @@ def recovery_table(rows):
             "seeds": len(runs),
         }
     return pd.DataFrame(table).T.rename_axis(["budget", "way"])
+
+
+def beside_gqa(claims, here):
+    """What GQA has after N tokens, and what another way has after N/20 or fewer: a row per N, mean and worst case.
+
+    `claims`: of `benchmarks/paper_claims.py`, one head budget and the source, which stands there trained as GQA was;
+    `here`: columns tokens, perplexity and seed of the other way, on the same validation text. The verdict holds where the
+    worst seed here is lower than the best of GQA.
+    """
+    table = {}
+    for tokens, rows in claims[claims["tokens"] > 0].groupby("tokens"):
+        gqa, source = (rows.loc[rows["method"] == method, "perplexity"] for method in ("GQA", "source"))
+        used = here.loc[here["tokens"] <= tokens / 20, "tokens"].max()
+        ours = here.loc[here["tokens"] == used, "perplexity"]
+        table[tokens] = {"GQA": gqa.mean(), "lowest": gqa.min(), "source": source.mean()}
+        table[tokens] |= {"tokens here": used, "here": ours.mean(), "highest here": ours.max()}
+        table[tokens]["here is lower"] = verdict(gqa.min() - ours.max(), gqa.max() - ours.min())
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("tokens of GQA")

@@ -11,6 +11,7 @@ from dha_utils.beyond import (
     MEASURES,
     STEPS,
     against_low_rank,
+    beside_gqa,
     growth,
     ladder,
     rank_agreement,
@@ -248,3 +249,21 @@ def test_ways_to_recover_are_compared_after_equal_tokens_and_seconds():
     assert (full["lowest"], full["highest"], full["seeds"]) == (36, 37, 2)
     assert full["over it trained alike"] == 36.5 / 24
     assert full["after 100 s"] == pytest.approx(((81 * 36) ** 0.5 + (82 * 37) ** 0.5) / 2)  # half of its time
+
+
+def test_gqa_stands_beside_a_twentieth_of_its_tokens():
+    gqa = {100: (60, 70), 1000: (40, 50), 5000: (24, 34)}
+    claims = [
+        {"method": method, "tokens": tokens, "perplexity": perplexity - 10 * (method == "source")}
+        for method in ("GQA", "source")
+        for tokens, both in ({0: (900, 900)} | gqa).items()
+        for perplexity in both
+    ]
+    here = [
+        (tokens, perplexity) for tokens, both in {0: (44, 46), 50: (28, 32), 200: (30, 36)}.items() for perplexity in both
+    ]
+    table = beside_gqa(pd.DataFrame(claims), pd.DataFrame(here, columns=["tokens", "perplexity"]))
+    assert table.index.tolist() == list(gqa)
+    assert table["tokens here"].tolist() == [0, 50, 200] and table["here"].tolist() == [45, 30, 33]
+    assert table["GQA"].tolist() == [65, 45, 29] and table["source"].tolist() == [55, 35, 19]
+    assert table["here is lower"].tolist() == ["holds", "holds", "cannot be told"]

@@ -9,8 +9,9 @@ Tokens are counted from the first step of the search; a run at T tokens has its 
 search (at most its 240 steps), at most half to learning the fusion, the rest to continued pre-training of all weights on
 the LM loss, at each of the learning rates: what suits a broken start is too fast for one that is nearly the source. Where
 the CSV has fewer tokens already, only at the one that did best there and at faster ones, which longer runs bear, for each
-method and budget apart. (The runs on 300,000 tokens that the CSVs have are older and had the best one only.) Runs resume,
-and those that the CSV already has are not repeated.
+method and budget apart. Runs resume, and those that the CSV already has are not repeated. Some had one rate only: those on
+300,000 tokens the one that did best on fewer; of smollm2-135m on 100,000, GQA by CKA the better one of GQA, and spectral
+fusion with seeds 1 and 2 the better one of seed 0.
 
 The rows with the device cuda: an H200, --device cuda, up to 20 runs beside one another, which makes their seconds long;
 those of smollm2-135m in TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1), but for spectral fusion.

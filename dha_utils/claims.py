@@ -28,7 +28,7 @@ def verdict(low, high, needed=0.0):
 
 
 def gains(rows, better, worse, budget, tokens):
-    """ln(perplexity of `worse` / perplexity of `better`) seed by seed, at one head budget and number of tokens."""
+    """By how much the loss of `better` is lower than that of `worse`, nats a token: seed by seed, one budget and length."""
 
     def losses(method):
         chosen = rows[(rows["method"] == method) & (rows["tokens"] == tokens)]
@@ -93,18 +93,18 @@ def paper_verdicts(rows, budget, tokens, short):
     early, late = plans[:, :half].mean((1, 2)), plans[:, plans.shape[1] - half :].mean((1, 2))
 
     def compare(better, worse):
-        return gains(rows, better, worse, budget, tokens) * 100
+        return gains(rows, better, worse, budget, tokens)
 
-    quality = 100 * np.exp(gains(rows, "DHA", "source", budget, tokens))
+    quality = 100 * np.exp(compare("DHA", "source"))
     savings = token_savings(rows, "DHA", "GQA", budget, short)
     longest = rows.loc[rows["method"] == "GQA", "tokens"].max()
     bound = 0.999 * longest / short  # a saving that large was cut off by the longest run
-    lower = "lower perplexity (%)"
+    lower = "lower loss (nats a token)"
     claims = [
         ("97.6 % of the source's quality", "source's perplexity over DHA's (%)", 97.6, quality),
         ("GQA's loss with 5 times fewer tokens", f"times the tokens, from {short:,}", 5, savings),
         ("the layout alone beats GQA", lower, 0, compare("DHA layout, mean-pooled neighbours", "GQA")),
-        ("groups by CKA gain GQA nothing", "higher perplexity (%), above -1", -1, compare("GQA", "GQA, groups by CKA")),
+        ("groups by CKA gain GQA nothing", "higher loss (nats a token)", -0.01, compare("GQA", "GQA, groups by CKA")),
         ("learned fusion matters", lower, 0, compare("DHA", "DHA without learned fusion")),
         ("adaptive allocation matters", lower, 0, compare("DHA", "DHA without adaptive allocation")),
         ("more key than value heads", "key heads less value heads a layer", 0, (keys - values).mean(1)),

@@ -9,8 +9,8 @@ Every row stands for one model: the same validation blocks for all, calibration 
 split, whose articles are many: what is fitted to a few of them serves the others badly. Rows that the CSV already has are
 not measured again, so an interrupted run resumes, and processes with other seeds may run beside it.
 
-Some refitted rows of smollm2-135m in the CSV are older than the rounds that the refit repeats: on 65,536 tokens draws 0 and
-2 at two thirds of the heads and draw 2 at a third, on 16,384 tokens all, and those were planned for the loss as measured.
+The refitted rows of smollm2-135m on 16,384 tokens in the CSV are older: planned for the loss as measured, and without the
+rounds that the refit repeats.
 """
 
 import argparse

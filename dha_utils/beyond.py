@@ -84,7 +84,7 @@ def against_low_rank(rows):
         mean, low, high = interval(pair["DHA"] / pair["low rank"])
         figures = {"DHA / low rank": mean, "low": low, "high": high, "draws": len(pair)}
         table[case] = dict(pair[["DHA", "low rank"]].mean()) | figures | {"DHA is lower": verdict(1 - high, 1 - low)}
-    return pd.DataFrame(table).T.rename_axis(cases).sort_index(ascending=[False, True])
+    return pd.DataFrame(table).T.infer_objects().rename_axis(cases).sort_index(ascending=[False, True])
 
 
 def ladder(rows, title):

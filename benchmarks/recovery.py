@@ -1,6 +1,6 @@
 """Perplexity while a fused and refitted model recovers: on two losses, by several sets of weights.
 
-    python benchmarks/recovery.py --seeds 0 1 2                                # smollm2-135m at 50 %, distilled
+    python benchmarks/recovery.py --seeds 0 1 2 --losses distil lm             # smollm2-135m at 50 %
     python benchmarks/recovery.py --seeds 0 1 2 --starts source --losses lm    # its control
 
 Those of wiki-mha, --model wiki-mha --length 256 --calibration-blocks 128 --validation-blocks 64 --seeds 0 1 2 with each of
@@ -22,7 +22,7 @@ the training was in TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1).
 
 The seed draws the blocks that calibrate a start and orders the training blocks, the same for all runs; the source is
 trained on them as the control. A start is made once and kept in runs/recovery, a run resumes from its checkpoints, and
-those that the CSV already has are not repeated.
+those that the CSV already has are not repeated. What was resumed has no seconds.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def main():
             continue
         start = start_model(run, source, tokenizer, drawn(training, arguments.calibration_blocks, run["seed"]))
         folder = RUNS / "-".join(map(str, run.values()))
-        begin = time.perf_counter()
+        resumed, begin = folder.exists(), time.perf_counter()
         pretrain(
             start,
             training,
@@ -121,7 +121,7 @@ def main():
                 **run,
                 validation_tokens=scored_tokens(validation),
                 device=source.device.type,
-                seconds=round(time.perf_counter() - begin),
+                seconds=None if resumed else round(time.perf_counter() - begin),
             )
         )
         append_rows(out, rows)

@@ -84,7 +84,7 @@ def against_low_rank(rows):
         mean, low, high = interval(pair["DHA"] / pair["low rank"])
         figures = {"DHA / low rank": mean, "low": low, "high": high, "draws": len(pair)}
         table[case] = dict(pair[["DHA", "low rank"]].mean()) | figures | {"DHA is lower": verdict(1 - high, 1 - low)}
-    return pd.DataFrame(table).T.infer_objects().rename_axis(cases).sort_index(ascending=[False, True])
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis(cases).sort_index(ascending=[False, True])
 
 
 def ladder(rows, title):
@@ -165,8 +165,8 @@ def beside_gqa(claims, here):
     """What GQA has after N tokens, and what another way has after N/20 or fewer: a row per N, mean and worst case.
 
     `claims`: of `benchmarks/paper_claims.py`, one head budget and the source, which stands there trained as GQA was;
-    `here`: columns tokens, perplexity and seed of the other way, on the same validation text. The verdict holds where the
-    worst seed here is lower than the best of GQA.
+    `here`: columns tokens and perplexity of the other way, a row per seed, on the same validation text. The verdict holds
+    where the worst seed here is lower than the best of GQA.
     """
     table = {}
     for tokens, rows in claims[claims["tokens"] > 0].groupby("tokens"):

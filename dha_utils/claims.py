@@ -1,5 +1,7 @@
 """What `benchmarks/paper_claims.py` measured: the paper's claims, with a verdict for each."""
 
+from functools import partial
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -92,9 +94,7 @@ def paper_verdicts(rows, budget, tokens, short):
     half = plans.shape[1] // 2
     early, late = plans[:, :half].mean((1, 2)), plans[:, plans.shape[1] - half :].mean((1, 2))
 
-    def compare(better, worse):
-        return gains(rows, better, worse, budget, tokens)
-
+    compare = partial(gains, rows, budget=budget, tokens=tokens)
     quality = 100 * np.exp(compare("DHA", "source"))
     savings = token_savings(rows, "DHA", "GQA", budget, short)
     longest = rows.loc[rows["method"] == "GQA", "tokens"].max()

@@ -9,9 +9,9 @@ Tokens are counted from the first step of the search; a run at T tokens has its 
 search (at most its 240 steps), at most half to learning the fusion, the rest to continued pre-training of all weights on
 the LM loss, at each of the learning rates: what suits a broken start is too fast for one that is nearly the source. Where
 the CSV has fewer tokens already, only at the one that did best there and at faster ones, which longer runs bear, for each
-method and budget apart. Runs resume, and those that the CSV already has are not repeated. Some had one rate only: those on
-300,000 tokens the one that did best on fewer; of smollm2-135m on 100,000, GQA by CKA the better one of GQA, and spectral
-fusion with seeds 1 and 2 the better one of seed 0.
+method and budget apart. Runs resume, and then have no seconds; those that the CSV already has are not repeated. Some had
+one rate only: those on 300,000 tokens the one that did best on fewer; of smollm2-135m on 100,000, GQA by CKA the better one
+of GQA, and spectral fusion with seeds 1 and 2 the better one of seed 0.
 
 The rows with the device cuda: an H200, --device cuda, up to 20 runs beside one another, which makes their seconds long;
 those of smollm2-135m in TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1), but for spectral fusion.
@@ -178,7 +178,7 @@ def rates_to_try(out, run, rates):
 def measure(study, run, learning_rates):
     """The rows of one run, one for each learning rate of the pre-training; without tokens to train on they are one."""
     folder = ROOT / "runs" / "paper_claims" / study.name / "-".join(str(part).replace(" ", "_") for part in run.values())
-    begin = time.perf_counter()
+    resumed, begin = folder.exists(), time.perf_counter()
     start, used = METHODS[run["method"]](study, run["budget"], run["tokens"], run["seed"], folder)
     left = (run["tokens"] - used) // TOKENS_PER_STEP * TOKENS_PER_STEP
     counts = start.config.head_counts() if run["method"] != "source" else []
@@ -212,7 +212,7 @@ def measure(study, run, learning_rates):
                 output_dir=folder / f"pretraining-{rate:g}",
             )
         result = {"learning_rate": rate, "perplexity": perplexity(model, study.validation)}
-        yield row | result | {"seconds": round(before + time.perf_counter() - begin)}
+        yield row | result | {"seconds": None if resumed else round(before + time.perf_counter() - begin)}
 
 
 def main():

@@ -158,7 +158,7 @@ def recovery_table(rows):
             f"after {quickest:,.0f} s": np.mean(timed),
             "seeds": len(runs),
         }
-    return pd.DataFrame(table).T.rename_axis(["budget", "way"])
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis(["budget", "way"])
 
 
 def beside_gqa(claims, here):

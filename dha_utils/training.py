@@ -13,6 +13,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .runs import write_whole
 
+SAVE_STEPS = 250  # minutes of wiki-mha on one core: what an interruption costs at most
+
 
 class LossTrainer(Trainer):
     """A `Trainer` that trains on `loss(model, input_ids, step) -> (loss, {what to log})`; evaluation keeps the LM loss."""
@@ -77,7 +79,7 @@ def train(
             eval_strategy="no" if validation is None else "steps",
             eval_steps=every,
             eval_on_start=validation is not None,
-            save_steps=every,
+            save_steps=min(every, SAVE_STEPS),
             save_total_limit=1,
             report_to="none",
             disable_tqdm="TQDM_DISABLE" in os.environ,  # else Trainer's own bar, a table in notebooks

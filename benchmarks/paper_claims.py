@@ -5,13 +5,14 @@
     python benchmarks/paper_claims.py --tokens 0 100000 --seeds 1 2   # after both: all seeds together choose their rate
     python benchmarks/paper_claims.py --model smollm2-135m --length 512 --budgets 0.5 --tokens 0 100000
 
-Tokens are counted from the first step of the search; a run at T tokens has its own schedule. A tenth of them goes to the
-search (at most its 240 steps), at most half to learning the fusion, the rest to continued pre-training of all weights on
-the LM loss, at each of the learning rates: what suits a broken start is too fast for one that is nearly the source. Where
-the CSV has fewer tokens already, only at the one that did best there and at faster ones, which longer runs bear, for each
-method and budget apart. Runs resume, and then have no seconds; those that the CSV already has are not repeated. Some had
-one rate only: those on 300,000 tokens the one that did best on fewer; of smollm2-135m on 100,000, GQA by CKA the better one
-of GQA, and spectral fusion with seeds 1 and 2 the better one of seed 0.
+Tokens are counted from the first step of the search; a run at T tokens has its own schedule. A tenth of them goes to
+the search (at most its 240 steps), at most half to learning the fusion, the rest to continued pre-training of all
+weights on the LM loss, at each of the learning rates: what suits a broken start is too fast for one that is nearly the
+source. Where the CSV has fewer tokens already, only at the one that did best there and at faster ones, which longer
+runs bear until they have read the text twice, for each method and budget apart. Runs resume, and then have no seconds;
+those that the CSV already has are not repeated. Some had one rate only: those on 300,000 tokens the one that did best
+on fewer; of smollm2-135m on 100,000, GQA by CKA the better one of GQA, and spectral fusion with seeds 1 and 2 the
+better one of seed 0.
 
 The rows with the device cuda: an H200, --device cuda, up to 20 runs beside one another, which makes their seconds long;
 those of smollm2-135m in TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1), but for spectral fusion.
@@ -164,8 +165,13 @@ def planned_runs(arguments):
                     yield {"method": method, "budget": share, "tokens": tokens, "seed": seed}
 
 
-def rates_to_try(out, run, rates):
-    """Of the learning rates, the one that did best with the most tokens below this run's and faster ones; else all."""
+def rates_to_try(out, run, rates, text_tokens):
+    """Of the learning rates, the one that did best with the most tokens below this run's and faster ones.
+
+    All of them where the CSV has no fewer tokens, and where the text is read more than twice: a fast rate overfits it.
+    """
+    if run["tokens"] > 2 * text_tokens:
+        return rates
     rows = rows_with(out, {"method": run["method"], "budget": run["budget"]})
     if len(rows):
         rows = rows[(rows["tokens"] < run["tokens"]) & rows["learning_rate"].isin(rates)]
@@ -192,6 +198,7 @@ def measure(study, run, learning_rates):
         "key_heads": sum(keys for keys, _ in counts) or heads,
         "value_heads": sum(values for _, values in counts) or heads,
         "heads_by_layer": " ".join(f"{keys}+{values}" for keys, values in counts),
+        "text_tokens": study.training.numel(),
         "validation_tokens": scored_tokens(study.validation),
         "device": study.source.device.type,
     }
@@ -220,7 +227,7 @@ def main():
     out = arguments.out or HERE / "results" / f"paper_claims_{Path(arguments.model).name}.csv"
     study = Study(arguments)
     for run in planned_runs(arguments):
-        rates = rates_to_try(out, run, arguments.learning_rates) if run["tokens"] else [0.0]
+        rates = rates_to_try(out, run, arguments.learning_rates, study.training.numel()) if run["tokens"] else [0.0]
         rates = [rate for rate in rates if not has_row(out, run | {"learning_rate": rate})]
         if not rates:
             continue

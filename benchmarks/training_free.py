@@ -8,9 +8,6 @@
 Every row stands for one model: the same validation blocks for all, calibration blocks drawn by the seed from the training
 split, whose articles are many: what is fitted to a few of them serves the others badly. Rows that the CSV already has are
 not measured again, so an interrupted run resumes, and processes with other seeds may run beside it.
-
-The refitted rows of smollm2-135m on 16,384 tokens in the CSV are older: planned for the loss as measured, and without the
-rounds that the refit repeats.
 """
 
 import argparse

@@ -126,7 +126,8 @@ def paper_verdicts(rows, budget, tokens, short):
 def study_lines(rows, title, logarithmic=True):
     """Perplexity over training tokens, a line per method with the range over seeds; one panel per head budget.
 
-    `rows`: columns method, budget, tokens, seed, perplexity; the source (budget 1) stands in every panel.
+    `rows`: columns method, budget, tokens, seed, perplexity; the source (budget 1) stands in every panel. Where they have
+    a column text_tokens, runs beyond it have read the training text more than once.
     """
     budgets = sorted(set(rows["budget"]) - {1.0}, reverse=True)
     figure, axes = plt.subplots(1, len(budgets), figsize=(4 + 5 * len(budgets), 5.2), sharey=True, layout="constrained")
@@ -142,6 +143,8 @@ def study_lines(rows, title, logarithmic=True):
         chosen, last = rows[rows["budget"].isin([budget, 1.0])], budget == budgets[-1]
         columns = {"x": "tokens", "y": "perplexity", "hue": "method", "style": "method"}
         sns.lineplot(chosen, **columns, **style, errorbar=("pi", 100), ax=axis, legend=last)
+        if "text_tokens" in rows:
+            axis.axvline(rows["text_tokens"].iloc[0], color="black", linestyle=":", label="one pass over the text")
         scale = " (log scale)" if logarithmic else ""
         axis.set(title=f"{100 * budget:.3g}% of the heads", xlabel=f"training tokens{scale}")
         axis.set(ylabel=f"validation perplexity{scale}")

@@ -119,13 +119,14 @@ def test_every_method_gets_its_best_rate(rows):
 def test_longer_runs_are_not_slower_than_the_best_of_the_shorter(tmp_path):
     run = {"method": "GQA", "budget": 1 / 3, "tokens": 300}
     rates, out = [1e-4, 2e-4, 5e-4], tmp_path / "rows.csv"
-    assert paper_claims.rates_to_try(out, run, rates) == rates
+    assert paper_claims.rates_to_try(out, run, rates, 500) == rates
     for seed, perplexities in enumerate(([9, 6, 7], [9, 6, 5.5])):
         for rate, perplexity in zip(rates, perplexities):
             append_rows(out, [run | {"tokens": 100, "seed": seed, "learning_rate": rate, "perplexity": perplexity}])
     append_rows(out, [run | {"tokens": 300, "seed": 0, "learning_rate": 5e-4, "perplexity": 1}])
-    assert paper_claims.rates_to_try(out, run, rates) == [2e-4, 5e-4]
-    assert paper_claims.rates_to_try(out, run | {"method": "DHA"}, rates) == rates
+    assert paper_claims.rates_to_try(out, run, rates, 500) == [2e-4, 5e-4]
+    assert paper_claims.rates_to_try(out, run | {"method": "DHA"}, rates, 500) == rates
+    assert paper_claims.rates_to_try(out, run, rates, 100) == rates  # three passes over the text
 
 
 def test_runs_that_lack_a_seed_are_left_out(rows):

@@ -88,8 +88,9 @@ def after_refit(rises):
     """What a refit is expected to leave of `rises` [layers, 2, heads], as `loss_rises` measures them before it.
 
     Other queries make up for more than half of what shared keys cost; shared values, whose product with the output
-    projection the closed form has made as good as it can be, gain little. `REFIT_LEAVES` was chosen on smollm2-135m, where
-    at half of the heads a model so planned ended 6 % lower after the refit than one planned for the loss as measured.
+    projection the closed form has made as good as it can be, gain little. With the 0.4 of `REFIT_LEAVES`, smollm2-135m
+    at half of its heads, refitted on 16,384 tokens, had a perplexity 2.6 % lower than planned for the loss as measured,
+    on training text that had calibrated nothing; with 0.25 and with 0.7 it ended between the two.
     """
     return rises * torch.tensor(REFIT_LEAVES).to(rises)[:, None]
 

@@ -7,6 +7,7 @@ Those of wiki-mha, --model wiki-mha --length 256 --calibration-blocks 128 --vali
 
     --budget 0.25 --trainable attention lora all
     --budget 0.25 --losses lm
+    --budget 0.25 --tokens 512000 --trainable all
     --budget 0.125 --tokens 512000 --trainable all
     --starts source --losses lm --trainable attention lora all
     --starts source --losses lm --trainable all --tokens 512000
@@ -17,8 +18,10 @@ On a GPU, --device cuda --tokens 512000 --seeds 0 1 2 with each of
     --budget 0.3333333333333333
     --starts source --losses lm
 
-The rows of those are an H200's, other runs beside them, which makes their seconds long; the starts were made in float32,
-the training was in TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1).
+and, in two hours of one core, --budget 0.3333333333333333 --losses lm --tokens 512000 --seeds 0.
+
+The rows with the device cuda are an H200's, other runs beside them, which makes their seconds long; the starts were made
+in float32, the training was in TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1).
 
 The seed draws the blocks that calibrate a start and orders the training blocks, the same for all runs; the source is
 trained on them as the control. A start is made once and kept in runs/recovery, a run resumes from its checkpoints, and

@@ -138,7 +138,7 @@ def recovery_table(rows):
     source = control.loc[control["tokens"] == 0, "perplexity"].mean()
     trained = control[control["tokens"] == control["total_tokens"]].groupby("trainable")["perplexity"].mean()
     quickest, table = rows["seconds"].min(), {}
-    for (budget, method), chosen in rows.groupby(["budget", "method"], sort=False):
+    for (budget, method), chosen in rows.groupby(["budget", "method"]):
         runs = [run.sort_values("tokens") for _, run in chosen.groupby("seed")]
         last = np.array([run["perplexity"].iloc[-1] for run in runs])
         timed = [
@@ -154,9 +154,9 @@ def recovery_table(rows):
             "highest": last.max(),
             "over the source": last.mean() / source,
             "over it trained alike": last.mean() / trained[chosen["trainable"].iloc[0]],
+            "seeds": len(runs),
             "seconds": chosen["seconds"].mean(),
             f"after {quickest:,.0f} s": np.mean(timed),
-            "seeds": len(runs),
         }
     return pd.DataFrame.from_dict(table, orient="index").rename_axis(["budget", "way"])
 

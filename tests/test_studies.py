@@ -59,7 +59,7 @@ def rows():
 
 
 def test_every_claim_gets_its_verdict(rows):
-    table = paper_verdicts(rows, 0.25, 3000, 300)
+    table = paper_verdicts(rows, 0.25, 3000)
     assert (table["here"] == "holds").all(), table
     assert table.loc["97.6 % of the source's quality", "mean"] == pytest.approx(99, abs=0.3)
     assert table.loc["adaptive allocation matters", "mean"] == pytest.approx(np.log(106 / 101), abs=0.003)
@@ -67,7 +67,7 @@ def test_every_claim_gets_its_verdict(rows):
 
     rows.loc[rows["method"] == "DHA", "perplexity"] *= 1.25
     rows["heads_by_layer"] = rows["heads_by_layer"].replace("3+1 4+2 2+1 2+1", "1+2 1+2 2+3 2+3")
-    worse = paper_verdicts(rows, 0.25, 3000, 300)["here"]
+    worse = paper_verdicts(rows, 0.25, 3000)["here"]
     assert (worse == "does not hold").sum() == 6, worse
     assert worse["the layout alone beats GQA"] == worse["groups by CKA gain GQA nothing"] == "holds"
 
@@ -75,15 +75,15 @@ def test_every_claim_gets_its_verdict(rows):
 def test_a_wide_interval_decides_nothing(rows):
     noisy = rows["method"].eq("DHA") & rows["seed"].eq(0)
     rows.loc[noisy, "perplexity"] *= 1.3
-    table = paper_verdicts(rows, 0.25, 3000, 300)
+    table = paper_verdicts(rows, 0.25, 3000)
     assert table.loc["learned fusion matters", "here"] == "cannot be told"
-    one = paper_verdicts(rows[rows["seed"] == 1], 0.25, 3000, 300)
+    one = paper_verdicts(rows[rows["seed"] == 1], 0.25, 3000)
     assert (one["here"] == "cannot be told").all()
 
 
 def test_a_saving_cut_off_by_the_longest_run_decides_nothing(rows):
     early = rows[rows["tokens"] < 3000]
-    claim = paper_verdicts(early, 0.25, 300, 100).loc["GQA's loss with 5 times fewer tokens"]
+    claim = paper_verdicts(early, 0.25, 300).loc["GQA's loss with 5 times fewer tokens"]
     assert claim["mean"] == pytest.approx(3) and claim["here"] == "cannot be told"
 
 
@@ -140,7 +140,7 @@ def test_runs_that_lack_a_seed_are_left_out(rows):
 
 
 def test_a_claim_whose_methods_have_not_run_gets_no_verdict(rows):
-    table = paper_verdicts(rows[rows["method"] != "GQA, groups by CKA"], 0.25, 3000, 300)
+    table = paper_verdicts(rows[rows["method"] != "GQA, groups by CKA"], 0.25, 3000)
     assert len(table) == 7 and "groups by CKA gain GQA nothing" not in table.index
 
 

@@ -4,16 +4,17 @@ import hashlib
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import pandas as pd
 from safetensors.torch import load_model
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .runs import write_whole
 
-SAVE_STEPS = 250  # minutes of wiki-mha on one core: what an interruption costs at most
+SAVE_SECONDS = 300  # what an interruption costs at most
 
 
 class LossTrainer(Trainer):
@@ -29,6 +30,18 @@ class LossTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         super().log(logs | self.logged if "loss" in logs else logs, start_time)
+
+
+class _SaveByTheClock(TrainerCallback):
+    """Checkpoints between evaluations: a step takes anything from milliseconds to half a minute."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.saved = time.monotonic()
+
+    on_save = on_train_begin
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= time.monotonic() - self.saved > SAVE_SECONDS
 
 
 def train(
@@ -79,7 +92,7 @@ def train(
             eval_strategy="no" if validation is None else "steps",
             eval_steps=every,
             eval_on_start=validation is not None,
-            save_steps=min(every, SAVE_STEPS),
+            save_steps=every,
             save_total_limit=1,
             report_to="none",
             disable_tqdm="TQDM_DISABLE" in os.environ,  # else Trainer's own bar, a table in notebooks
@@ -90,7 +103,7 @@ def train(
         train_dataset=as_examples(blocks),
         eval_dataset=None if validation is None else as_examples(validation),
         optimizers=(optimizer, None),
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, _SaveByTheClock()],
     )
     trainer.loss = loss
     trainer.remove_callback(PrinterCallback)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import killed_at_forward, logits
 
-from dha_utils import HeadPlan, fuse, pretrain
+from dha_utils import HeadPlan, fuse, pretrain, training
 from dha_utils.evaluation import perplexity, scored_tokens, token_losses
 from dha_utils.runs import append_rows, has_row, open_run, record_metrics, require, rows_with, save_model, write_whole
 from dha_utils.training import training_log
@@ -71,15 +71,23 @@ def test_lm_loss_on_all_weights_and_the_source_as_control(mha, fused, blocks, tm
         assert len(changed(model, trained)) == len(list(model.parameters()))
 
 
-def test_interrupted_training_ends_where_a_whole_run_does(mha, fused, blocks, tmp_path):
+@pytest.mark.parametrize("evaluations, seconds, saved", [(5, 300, 4), (1, 0, 5)])
+def test_interrupted_training_ends_where_a_whole_run_does(
+    mha, fused, blocks, tmp_path, monkeypatch, evaluations, seconds, saved
+):
+    monkeypatch.setattr(training, "SAVE_SECONDS", seconds)
+
     def run(folder):
-        return pretrain(fused, blocks, 640, mha, tokens_per_step=64, learning_rate=1e-3, output_dir=folder)
+        settings = {"tokens_per_step": 64, "learning_rate": 1e-3, "evaluations": evaluations, "output_dir": folder}
+        return pretrain(fused, blocks, 640, mha, **settings)
 
     whole = run(tmp_path / "whole")
     [kept] = (tmp_path / "whole").glob("*/checkpoint-10")
     assert (kept / "model.safetensors").is_file()
     with killed_at_forward(fused, 6):
         run(tmp_path / "cut")
+    [kept] = (tmp_path / "cut").glob("*/checkpoint-*")
+    assert kept.name == f"checkpoint-{saved}"
     resumed = run(tmp_path / "cut")
     assert not changed(whole, resumed)
     log = training_log(tmp_path / "whole")

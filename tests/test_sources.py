@@ -2,9 +2,11 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import tiny_llama
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from dha_utils import checkpoints, load_checkpoint, load_text, token_blocks
@@ -61,13 +63,18 @@ def test_bad_text_is_refused(tokenizer, tmp_path):
         token_blocks(tokenizer, ["a short text"], length=512, limit=3)
 
 
-def test_unknown_text_is_refused(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.fixture
+def offline(monkeypatch):
+    """Without it the hub is asked again and again for what is not there."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_unknown_text_is_refused(offline):
     with pytest.raises(ValueError, match="cannot load text from 'no/such-text': expected 'wikipedia'"):
         load_text("no/such-text")
 
 
-def test_unknown_and_foreign_models_are_refused(tmp_path):
+def test_unknown_and_foreign_models_are_refused(tmp_path, offline):
     with pytest.raises(ValueError, match="there is no checkpoint 'no-such-model'"):
         load_checkpoint("no-such-model")
     GPT2Config().save_pretrained(tmp_path)
@@ -82,6 +89,32 @@ def test_a_folder_is_loaded(tmp_path):
     loaded, tokenizer = load_checkpoint(tmp_path)
     assert isinstance(tokenizer, PreTrainedTokenizerFast) and loaded.config.num_key_value_heads == 2
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    tiny_llama(num_attention_heads=4).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = load_file(weights)
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(tmp_path)
+
+    refused("cannot be loaded .*: expected whole safetensors weights that fit config.json, and a tokenizer")
+    load_checkpoint("wiki-mha")[1].save_pretrained(tmp_path)
+    load_checkpoint(tmp_path)
+    save_file({name: whole[name] for name in whole if ".1.self_attn." not in name}, weights, {"format": "pt"})
+    refused("lacks 4 weights that config.json asks for, the first is model.layers.1.self_attn.k_proj.weight")
+    save_file(whole | {"model.norm.weight": torch.ones(3)}, weights, {"format": "pt"})
+    refused("cannot be loaded .*that fit config.json")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused("cannot be loaded .*expected whole safetensors")
+    weights.unlink()
+    torch.save(whole, tmp_path / "pytorch_model.bin")
+    refused("cannot be loaded .*no file named model.safetensors")
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"num_attention_heads": 4', '"num_attention_heads": 5'))
+    refused(r"there is no checkpoint .*\(48\) is not a multiple of the number of attention heads \(5\)")
 
 
 def test_corrupt_and_missing_downloads_leave_nothing(tmp_path, monkeypatch):

@@ -20,7 +20,8 @@ def load_text(name="wikipedia", split="validation"):
     by whole documents and never changes: 8 in 10 are `"train"`, 1 is `"calibration"`, 1 `"validation"`. Calibrate a
     conversion on `"train"`: many documents serve unseen text better than as many tokens of a few.
 
-    Raises ValueError if the split is unknown, nothing has that name, or there is too little text to split.
+    Raises ValueError if the split is unknown, nothing has that name, a file is not UTF-8, or there is too
+    little text to split.
     """
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -71,11 +72,18 @@ def _documents(name):
         return _wikipedia()
     path = Path(name)
     if path.is_dir() and (files := sorted(path.glob("**/*.txt"))):
-        texts = [file.read_text(encoding="utf-8") for file in files]
+        texts = [_read(file) for file in files]
         return texts if len(texts) >= _EVERY else _passages("\n\n".join(texts))
     if path.is_file():
-        return _passages(path.read_text(encoding="utf-8"))
+        return _passages(_read(path))
     return _hub(name)
+
+
+def _read(file):
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it to UTF-8") from error
 
 
 def _wikipedia():

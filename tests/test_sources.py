@@ -59,6 +59,9 @@ def test_bad_text_is_refused(tokenizer, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(ValueError, match="too few to split"):
         load_text(str(tmp_path / "empty.txt"), "train")
+    (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 text \(invalid continuation byte at byte 1\)"):
+        load_text(str(tmp_path / "latin.txt"), "train")
     with pytest.raises(ValueError, match=r"tokens, but 3 block\(s\) of 512 need 1536: give more text"):
         token_blocks(tokenizer, ["a short text"], length=512, limit=3)
 

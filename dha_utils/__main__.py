@@ -12,6 +12,7 @@ import pandas as pd
 from .allocation import heads_for_budget
 from .checkpoints import load_checkpoint
 from .runs import ROOT, check_run, require
+from .statistics import check_source
 from .text import SPLITS, load_text, token_blocks
 
 
@@ -19,8 +20,7 @@ def check(model, text, budget, length, run_dir):
     """Fetch the model, and look at everything that could go wrong before the first notebook: hours may follow."""
     check_run(run_dir, model=model, text=text, budget=budget, length=length)
     source, tokenizer = load_checkpoint(model)
-    if source.config.model_type != "llama":
-        raise ValueError(f"{model!r} is a DHA model already: give the LLaMA checkpoint that it was made from")
+    check_source(source.config)
     heads_for_budget(source.config, budget)
     for split in SPLITS:
         token_blocks(tokenizer, load_text(text, split), length)

@@ -10,7 +10,7 @@ import torch
 
 from .modeling import DhaAttention, DhaConfig, DhaForCausalLM
 from .spectral import SpectralLayer
-from .statistics import collect_statistics, with_bias
+from .statistics import check_source, collect_statistics, with_bias
 
 METHODS = ("mean", "spectral")
 
@@ -22,7 +22,8 @@ def fuse(model, plan, blocks=None, method="spectral", free_frequencies=True, lay
     closed form of `spectral.py`, from `blocks` of calibration tokens [blocks, length], or from `layers`, what
     `spectral_layers` made of them. `free_frequencies=False` keeps the standard RoPE planes.
 
-    Raises ValueError if the method is unknown, its calibration is missing or the plan is of another shape.
+    Raises ValueError if the method is unknown, its calibration is missing, the plan is of another shape, or the model is
+    a DHA model already.
     """
     check_method(method)
     check_plan(plan, model.config)
@@ -57,6 +58,7 @@ def check_method(method):
 
 
 def check_plan(plan, config):
+    check_source(config)
     shape = (len(plan.key_groups), plan.source_heads)
     if shape != (config.num_hidden_layers, config.num_key_value_heads):
         raise ValueError(

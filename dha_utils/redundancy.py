@@ -4,7 +4,7 @@ import pandas as pd
 import torch
 
 from .spectral import SpectralLayer
-from .statistics import collect_statistics, with_bias
+from .statistics import check_source, collect_statistics, with_bias
 
 METRICS = ("weight_cka", "activation_cka", "spectral")
 
@@ -18,8 +18,9 @@ def head_similarity(model, blocks=None, metric="weight_cka"):
     are fused into one, gauge freedoms used (`spectral.py`); without "query", which is not fused. All are 1 on the
     diagonal, and at least 0.
 
-    Raises ValueError if the metric is unknown, or needs calibration tokens and `blocks` is None.
+    Raises ValueError if the metric is unknown, or needs calibration tokens and `blocks` is None, or for a DHA model.
     """
+    check_source(model.config)
     if metric not in METRICS:
         raise ValueError(f"there is no metric {metric!r}: choose one of {', '.join(METRICS)}")
     if blocks is None and metric != "weight_cka":

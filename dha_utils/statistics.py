@@ -25,9 +25,19 @@ class LayerStatistics:
     seen: Tensor
 
 
+def check_source(config):
+    """Raises ValueError for a DHA model, whose heads are shared already."""
+    if config.model_type != "llama":
+        raise ValueError(f"this is a {config.model_type!r} model already: give the LLaMA checkpoint that it was made from")
+
+
 @torch.no_grad()
 def collect_statistics(model, blocks):
-    """One `LayerStatistics` per layer of a LLaMA `model`, from `blocks` [blocks, length] of calibration tokens."""
+    """One `LayerStatistics` per layer of a LLaMA `model`, from `blocks` [blocks, length] of calibration tokens.
+
+    Raises ValueError as `check_source` does.
+    """
+    check_source(model.config)
     layers = [layer.self_attn for layer in model.model.layers]
     sums = [None] * len(layers)
 

@@ -5,7 +5,7 @@ import torch
 from conftest import SHAPES, logits, tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dha_utils import HeadPlan, cache_bytes, fuse, plan_heads, plant_redundancy
+from dha_utils import HeadPlan, cache_bytes, fuse, head_similarity, plan_heads, plant_redundancy
 from dha_utils.freedoms import apply_freedoms
 from dha_utils.fusion import spectral_layers
 from dha_utils.sensitivity import group_heads
@@ -137,3 +137,15 @@ def test_partition_costs_fall_with_heads(mha, blocks):
         for kind in layer:
             costs = [cost for cost, _ in kind]
             assert costs == sorted(costs, reverse=True) and costs[-1] < 1e-5
+
+
+def test_a_dha_model_is_no_source(mha, blocks):
+    plan = HeadPlan.uniform(mha.config, 2, 2)
+    fused = fuse(mha, plan, method="mean")
+    for convert in (
+        lambda: head_similarity(fused),
+        lambda: plan_heads(fused, blocks, budget=0.5),
+        lambda: fuse(fused, plan, method="mean"),
+    ):
+        with pytest.raises(ValueError, match="a 'dha' model already: give the LLaMA checkpoint"):
+            convert()

@@ -78,7 +78,7 @@ def has_row(path, values):
 def append_rows(path, rows):
     """Add `rows` (dictionaries) to a CSV to which other processes may be adding theirs."""
     with FileLock(f"{path}.lock"):
-        table = pd.concat([read_rows(path), pd.DataFrame(rows)])
+        table = pd.concat([read_rows(path), pd.DataFrame(rows)]).infer_objects()  # what is missing keeps numbers numbers
         write_whole(path, table.to_csv(index=False, float_format=f"%{DIGITS}"))
 
 

@@ -144,6 +144,12 @@ def test_a_measured_row_is_found_again(tmp_path):
     assert not has_row(path, run | {"seed": 2}) and not has_row(path, run | {"budget": 0.333})
 
 
+def test_rows_without_seconds_leave_those_of_others_as_they_were(tmp_path):
+    for seconds in (6, None, None):
+        append_rows(tmp_path / "rows.csv", [{"seed": 0, "seconds": seconds}])
+    assert (tmp_path / "rows.csv").read_text().split() == ["seed,seconds", "0,6", "0,", "0,"]
+
+
 def test_a_model_is_replaced_whole(fused, tmp_path):
     class Tokenizer:
         def save_pretrained(self, path):

@@ -4,6 +4,7 @@ import bz2
 import re
 from functools import lru_cache
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
@@ -119,5 +120,5 @@ def _hub(name):
     except Exception as error:
         raise ValueError(
             f"cannot load text from {name!r}: expected 'wikipedia', a .txt file, a folder with .txt files, or a hub "
-            f"data set with a `text` column ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            f"data set with a `text` column ({type(error).__name__}: {shorten(str(error), 200)})"
         ) from error

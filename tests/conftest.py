@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -11,6 +12,12 @@ SHAPES = {
     "mha": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 12},
     "bias": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "attention_bias": True},
 }
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No test needs the hub, which would be asked again and again for what is not there."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 def tiny_llama(seed=0, **shape):

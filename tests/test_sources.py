@@ -2,7 +2,6 @@
 
 import json
 
-import huggingface_hub
 import pytest
 import torch
 from conftest import tiny_llama
@@ -66,18 +65,12 @@ def test_bad_text_is_refused(tokenizer, tmp_path):
         token_blocks(tokenizer, ["a short text"], length=512, limit=3)
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    """Without it the hub is asked again and again for what is not there."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
-def test_unknown_text_is_refused(offline):
+def test_unknown_text_is_refused():
     with pytest.raises(ValueError, match="cannot load text from 'no/such-text': expected 'wikipedia'"):
         load_text("no/such-text")
 
 
-def test_unknown_and_foreign_models_are_refused(tmp_path, offline):
+def test_unknown_and_foreign_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no checkpoint 'no-such-model'"):
         load_checkpoint("no-such-model")
     GPT2Config().save_pretrained(tmp_path)

@@ -10,7 +10,6 @@ BUDGETS ?= 0.75 0.5 0.34
 PYTHON ?= python3
 
 BIN := .venv/bin
-QUIET := TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 DIR := runs/$(RUN)
 NOTEBOOKS := 01_head_redundancy 02_head_clusters 03_head_fusion 04_continued_pretraining 05_compression_vs_perplexity
 LENGTH := 256
@@ -76,17 +75,17 @@ lab: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(QUIET) $(BIN)/pytest
+	$(BIN)/pytest
 	rm -rf runs/tutorial
-	$(QUIET) $(BIN)/pytest --nbval notebooks
+	$(BIN)/pytest --nbval notebooks
 
 # Execute the committed notebooks again, in place (no bars in their outputs)
 notebooks: setup
 	rm -rf runs/tutorial
-	$(QUIET) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS:%=notebooks/%.ipynb) notebooks/studies/*.ipynb
+	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS:%=notebooks/%.ipynb) notebooks/studies/*.ipynb
 
 test-slow: setup
-	$(QUIET) $(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow
 
 clean:
 	rm -rf runs .venv

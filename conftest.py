@@ -1,5 +1,0 @@
-"""For the tests and, under nbval, the notebooks: no progress bars, as outputs they would differ from run to run."""
-
-import os
-
-os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

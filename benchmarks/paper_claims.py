@@ -12,9 +12,8 @@ weights on the LM loss, at each of the learning rates: what suits a broken start
 source. Where the CSV has fewer tokens already, only at the one that did best there and at faster ones, which longer
 runs bear until they have read the text twice, for each method and budget apart. Runs resume, and then have no seconds;
 those that the CSV already has are not repeated. Some had one rate only: those on 300,000 tokens the one that did best
-on fewer; the source on 3,000,000 the slower; of smollm2-135m on 100,000, GQA by CKA the better one of GQA, and spectral
-fusion with seeds 1 and 2 the better one of seed 0. Its DHA layout had the faster rate on 300,000 with seed 0 only so
-far, which did no better.
+on fewer, but for the two mean-pooled DHA of smollm2-135m; the source on 3,000,000 the slower; of smollm2-135m on
+100,000, GQA by CKA the better one of GQA, and spectral fusion with seeds 1 and 2 the better one of seed 0.
 
 The rows with the device cuda: an H200, --device cuda, up to 20 runs beside one another, which makes their seconds long;
 those of smollm2-135m in TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1), but for spectral fusion.

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import torch
 from safetensors.torch import load_model
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -136,7 +137,11 @@ def as_examples(blocks):
 
 
 def _fingerprint(model, blocks, settings):
-    """Names a training run by all it depends on, so that a changed run never resumes from another's checkpoint."""
-    weights = [parameter.detach().double().abs().sum().item() for parameter in model.parameters()]
-    text = json.dumps([settings, weights, blocks.shape, blocks.double().sum().item(), model.config.to_dict()], default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    """Names a training run by all it depends on, so that a changed run never resumes from another's checkpoint.
+
+    The weights count byte by byte: their sum would differ with the number of threads.
+    """
+    digest = hashlib.sha256(json.dumps([settings, blocks.shape, model.config.to_dict()], default=str).encode())
+    for tensor in (blocks, *model.parameters()):
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]

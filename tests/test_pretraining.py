@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import killed_at_forward, logits
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dha_utils import HeadPlan, fuse, pretrain, training
 from dha_utils.evaluation import perplexity, scored_tokens, token_losses
@@ -98,6 +99,18 @@ def test_a_changed_run_does_not_resume_from_another(mha, fused, blocks, tmp_path
     first = pretrain(fused, blocks, 128, tokens_per_step=64, output_dir=tmp_path)
     second = pretrain(fused, blocks, 128, tokens_per_step=64, output_dir=tmp_path, seed=1)
     assert changed(first, second)
+
+
+def test_the_number_of_threads_makes_no_other_run(blocks):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=2**15, hidden_size=64, num_attention_heads=1, num_hidden_layers=0))
+    threads, names = torch.get_num_threads(), set()
+    try:
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            names.add(training._fingerprint(model, blocks, []))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(names) == 1
 
 
 def test_bad_training_requests_are_refused(fused, blocks, tmp_path):

@@ -18,7 +18,7 @@ On a GPU, --device cuda --tokens 512000 --seeds 0 1 2 with each of
     --budget 0.3333333333333333
     --starts source --losses lm
 
-and, in two hours of one core, --budget 0.3333333333333333 --losses lm --tokens 512000 --seeds 0.
+and, in two hours of one core a seed, --budget 0.3333333333333333 --losses lm --tokens 512000 --seeds 0 1 2.
 
 The rows with the device cuda are an H200's, other runs beside them, which makes their seconds long; the starts were made
 in float32, the training was in TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1).

@@ -79,6 +79,7 @@ def train(
     rates = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] if optimizer else []
     settings = [rates, tokens, tokens_per_step, seed, evaluations, *settings, arguments]
     checkpoints = Path(output_dir) / _fingerprint(model, blocks, settings)
+    checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     every = max(1, steps // evaluations)
     set_seed(seed)
     trainer = LossTrainer(
@@ -92,7 +93,7 @@ def train(
             seed=seed,
             eval_strategy="no" if validation is None else "steps",
             eval_steps=every,
-            eval_on_start=validation is not None,
+            eval_on_start=validation is not None and not checkpoint,  # its log has the start
             save_steps=every,
             save_total_limit=1,
             report_to="none",
@@ -108,7 +109,6 @@ def train(
     )
     trainer.loss = loss
     trainer.remove_callback(PrinterCallback)
-    checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else None
     if state and state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
         load_model(model, f"{checkpoint}/model.safetensors")  # `Trainer` would add a step

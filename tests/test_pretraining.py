@@ -72,26 +72,28 @@ def test_lm_loss_on_all_weights_and_the_source_as_control(mha, fused, blocks, tm
         assert len(changed(model, trained)) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("evaluations, seconds, saved", [(5, 300, 4), (1, 0, 5)])
+@pytest.mark.parametrize("evaluations, seconds, killed_at, saved", [(5, 300, 8, 4), (1, 0, 7, 5)])
 def test_interrupted_training_ends_where_a_whole_run_does(
-    mha, fused, blocks, tmp_path, monkeypatch, evaluations, seconds, saved
+    mha, fused, blocks, tmp_path, monkeypatch, evaluations, seconds, killed_at, saved
 ):
     monkeypatch.setattr(training, "SAVE_SECONDS", seconds)
 
     def run(folder):
         settings = {"tokens_per_step": 64, "learning_rate": 1e-3, "evaluations": evaluations, "output_dir": folder}
-        return pretrain(fused, blocks, 640, mha, **settings)
+        return pretrain(fused, blocks, 640, mha, validation=blocks[:2], **settings)
 
     whole = run(tmp_path / "whole")
     [kept] = (tmp_path / "whole").glob("*/checkpoint-10")
     assert (kept / "model.safetensors").is_file()
-    with killed_at_forward(fused, 6):
+    with killed_at_forward(fused, killed_at):
         run(tmp_path / "cut")
     [kept] = (tmp_path / "cut").glob("*/checkpoint-*")
     assert kept.name == f"checkpoint-{saved}"
     resumed = run(tmp_path / "cut")
     assert not changed(whole, resumed)
     log = training_log(tmp_path / "whole")
+    measured = ["tokens", "perplexity"]
+    assert training_log(tmp_path / "cut")[measured].equals(log[measured])
     assert not changed(whole, run(tmp_path / "whole")) and training_log(tmp_path / "whole").equals(log)
 
 

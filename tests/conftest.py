@@ -61,18 +61,19 @@ def logits(model, blocks):
 
 
 @contextmanager
-def killed_at_forward(model, count):
-    """The block under `with` must die, as by a kill, when `model` (or a copy of it) runs forward for the count-th time."""
+def killed_at_step(model, count):
+    """The block under `with` must die, as by a kill, in the count-th training step of `model` (or of a copy of it)."""
 
     class Killed(Exception):
         pass
 
     calls = []
 
-    def kill(*_):
-        calls.append(1)
-        if len(calls) == count:
-            raise Killed
+    def kill(layer, _):
+        if layer.training:  # evaluations do not count
+            calls.append(1)
+            if len(calls) == count:
+                raise Killed
 
     hook = model.model.layers[0].register_forward_pre_hook(kill)
     with pytest.raises(Killed):

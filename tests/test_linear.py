@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import SHAPES, killed_at_forward, logits, tiny_llama
+from conftest import SHAPES, killed_at_step, logits, tiny_llama
 
 from dha_utils import HeadPlan, perplexity
 from dha_utils.linear import collapse, fusion_terms, learn_fusion, omegas, with_omega
@@ -128,7 +128,7 @@ def test_interrupted_learning_ends_where_a_whole_run_does(mha, blocks, tmp_path)
         return learn_fusion(mha, plan, blocks, 64 * 20, tokens_per_step=64, output_dir=folder)
 
     whole = run(tmp_path / "whole")
-    with killed_at_forward(mha, 13):
+    with killed_at_step(mha, 13):
         run(tmp_path / "cut")
     resumed = run(tmp_path / "cut")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))

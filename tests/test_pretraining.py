@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import killed_at_forward, logits
+from conftest import killed_at_step, logits
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dha_utils import HeadPlan, fuse, pretrain, training
@@ -72,9 +72,9 @@ def test_lm_loss_on_all_weights_and_the_source_as_control(mha, fused, blocks, tm
         assert len(changed(model, trained)) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("evaluations, seconds, killed_at, saved", [(5, 300, 8, 4), (1, 0, 7, 5)])
+@pytest.mark.parametrize("evaluations, seconds, saved", [(5, 300, 4), (1, 0, 5)])
 def test_interrupted_training_ends_where_a_whole_run_does(
-    mha, fused, blocks, tmp_path, monkeypatch, evaluations, seconds, killed_at, saved
+    mha, fused, blocks, tmp_path, monkeypatch, evaluations, seconds, saved
 ):
     monkeypatch.setattr(training, "SAVE_SECONDS", seconds)
 
@@ -85,7 +85,7 @@ def test_interrupted_training_ends_where_a_whole_run_does(
     whole = run(tmp_path / "whole")
     [kept] = (tmp_path / "whole").glob("*/checkpoint-10")
     assert (kept / "model.safetensors").is_file()
-    with killed_at_forward(fused, killed_at):
+    with killed_at_step(fused, 6):
         run(tmp_path / "cut")
     [kept] = (tmp_path / "cut").glob("*/checkpoint-*")
     assert kept.name == f"checkpoint-{saved}"

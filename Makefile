@@ -1,19 +1,27 @@
 # make run    set up, then notebooks 01-05 on MODEL at BUDGET into runs/$(RUN)/; run again to resume
-# make test   set up, then ruff, pytest and nbval
+# make test   set up, then ruff, pytest (also under the newest transformers that is allowed) and nbval
 MODEL ?= smollm2-135m
 TEXT ?= wikipedia
 BUDGET ?= 0.5
 # Instead of a budget: CACHE_BYTES=... a token, or MAX_INCREASE=0.05 of the perplexity
-WISH := $(if $(MAX_INCREASE),-p max_increase $(MAX_INCREASE),$(if $(CACHE_BYTES),-p cache_bytes $(CACHE_BYTES)))
-RUN ?= $(notdir $(MODEL))-$(or $(MAX_INCREASE:%=increase-%),$(CACHE_BYTES:%=bytes-%),$(BUDGET))
+WISH = $(if $(MAX_INCREASE),-p max_increase "$(MAX_INCREASE)") $(if $(CACHE_BYTES),-p cache_bytes "$(CACHE_BYTES)")
+# Names of files and targets have no spaces, and no % for make
+space := $(subst ,, )
+plain = $(subst %,-percent,$(subst $(space),-,$(1)))
+RUN ?= $(call plain,$(notdir $(patsubst %/,%,$(call plain,$(MODEL))))-$(or $(MAX_INCREASE:%=increase-%),$(CACHE_BYTES:%=bytes-%),$(BUDGET)))
+$(if $(or $(word 2,$(RUN)),$(findstring %,$(RUN))),$(error RUN names a folder without spaces or % in it, not '$(RUN)'))
 BUDGETS ?= 0.75 0.5 0.34
 PYTHON ?= python3
 
 BIN := .venv/bin
 DIR := runs/$(RUN)
+# The ends of the range in pyproject.toml, and the tests of what leans on transformers
+OLDEST := 5.23.0
+NEWEST := 5.24.0
+LEANING := $(addprefix tests/test_,transformers.py modeling.py fusion.py dtypes.py refit.py pretraining.py linear.py)
 NOTEBOOKS := 01_head_redundancy 02_head_clusters 03_head_fusion 04_continued_pretraining 05_compression_vs_perplexity
 LENGTH := 256
-PARAMETERS = -p model $(MODEL) -p text $(TEXT) -p budget $(BUDGET) -p run_dir $(DIR) -p length $(LENGTH)
+PARAMETERS = -r model "$(MODEL)" -r text "$(TEXT)" -p budget "$(BUDGET)" -r run_dir $(DIR) -p length $(LENGTH) $(WISH)
 # wiki-mha is small enough for the notebooks' own defaults; anything else gets longer blocks and fewer of all that takes time
 ifneq ($(MODEL),wiki-mha)
 LENGTH := 512
@@ -24,7 +32,7 @@ TRAINING := -p tokens 4096 -p evaluations 2 -p learning_rate 2e-4
 CHART := -y "budgets: [0.67, 0.5, 0.34]"
 endif
 
-.PHONY: setup check run sweep lab test test-slow notebooks clean
+.PHONY: setup check run sweep lab test test-slow test-versions test-under-$(OLDEST) test-under-$(NEWEST) notebooks clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -42,7 +50,7 @@ run: $(NOTEBOOKS:%=$(DIR)/%.ipynb)
 
 # Fetches the model, and says in one sentence what is wrong with a request
 check: setup
-	@$(BIN)/python -m dha_utils check --model $(MODEL) --text $(TEXT) --budget $(BUDGET) --length $(LENGTH) --run-dir $(DIR)
+	@$(BIN)/python -m dha_utils check $(PARAMETERS) $(SEARCH) $(LEARNING) $(TRAINING) $(CHART)
 
 # A notebook appears under its name only when it is finished
 define execute
@@ -54,7 +62,7 @@ endef
 $(DIR)/01_head_redundancy.ipynb: | check
 	$(call execute)
 $(DIR)/02_head_clusters.ipynb: $(DIR)/01_head_redundancy.ipynb
-	$(call execute,$(SEARCH) $(WISH))
+	$(call execute,$(SEARCH))
 	rm -rf $(DIR)/search
 $(DIR)/03_head_fusion.ipynb: $(DIR)/02_head_clusters.ipynb
 	$(call execute,$(LEARNING))
@@ -67,7 +75,7 @@ $(DIR)/05_compression_vs_perplexity.ipynb: $(DIR)/04_continued_pretraining.ipynb
 
 # The papermill batch: one run folder a budget
 sweep:
-	for budget in $(BUDGETS); do $(MAKE) run MODEL=$(MODEL) TEXT=$(TEXT) BUDGET=$$budget || exit 1; done
+	for budget in $(BUDGETS); do $(MAKE) run MODEL="$(MODEL)" TEXT="$(TEXT)" BUDGET=$$budget || exit 1; done
 
 lab: setup
 	$(BIN)/jupyter lab notebooks
@@ -76,8 +84,20 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest
+	$(MAKE) test-under-$(NEWEST)
 	rm -rf runs/tutorial
 	$(BIN)/pytest --nbval notebooks
+
+test-versions: test-under-$(OLDEST) test-under-$(NEWEST)
+
+# The environment as it is, with another transformers before its own
+test-under-$(OLDEST) test-under-$(NEWEST): test-under-%: .venv/transformers-%/ready
+	PYTHONPATH=$(<D) $(BIN)/python -c "import transformers; assert transformers.__version__ == '$*'"
+	PYTHONPATH=$(<D) $(BIN)/pytest $(LEANING)
+
+.venv/transformers-%/ready: .venv/ready
+	$(BIN)/pip install -q --no-deps --upgrade --target $(@D) transformers==$*
+	touch $@
 
 # Execute the committed notebooks again, in place (no bars in their outputs)
 notebooks: setup

@@ -34,10 +34,11 @@ from itertools import product
 from pathlib import Path
 
 from dha_utils import fuse, load_checkpoint, load_text, plan_heads, pretrain, token_blocks
+from dha_utils.checkpoints import save_checkpoint
 from dha_utils.evaluation import scored_tokens
 from dha_utils.pretraining import TRAINABLE
 from dha_utils.refit import refit
-from dha_utils.runs import ROOT, append_rows, has_row, save_model
+from dha_utils.runs import ROOT, append_rows, has_row
 from dha_utils.text import drawn
 from dha_utils.training import training_log
 
@@ -70,7 +71,7 @@ def start_model(run, source, tokenizer, calibration):
     folder = RUNS / "-".join(str(run[column]) for column in columns)
     if not folder.exists():
         fused = fuse(source, plan_heads(source, calibration, run["budget"]), calibration)
-        save_model(refit(fused, source, calibration)[0], tokenizer, folder)
+        save_checkpoint(refit(fused, source, calibration)[0], tokenizer, folder)
     return load_checkpoint(folder, device=source.device)[0]
 
 

@@ -1,10 +1,10 @@
 """Decoupled-Head Attention from trained LLaMA checkpoints: measure, group, fuse, recover, compare."""
 
 from .allocation import plan_heads
-from .checkpoints import load_checkpoint
+from .checkpoints import load_checkpoint, save_checkpoint
 from .evaluation import cache_bytes, perplexity
 from .freedoms import plant_redundancy
-from .fusion import fuse
+from .fusion import fuse, to_llama
 from .grouping import HeadPlan
 from .modeling import DhaConfig, DhaForCausalLM
 from .pretraining import pretrain
@@ -24,5 +24,7 @@ __all__ = [
     "plan_heads",
     "plant_redundancy",
     "pretrain",
+    "save_checkpoint",
+    "to_llama",
     "token_blocks",
 ]

@@ -1,43 +1,62 @@
 """What `make run` does before the first notebook and after the last.
 
-python -m dha_utils check --model smollm2-135m --run-dir runs/NAME     # one sentence if something is wrong
+python -m dha_utils check -p model smollm2-135m -p run_dir runs/NAME    # one sentence if something is wrong
 python -m dha_utils table --run-dir runs/NAME
+
+`check` takes the parameters of the notebooks as papermill does, and those that are not given from the notebooks.
 """
 
 import argparse
 import sys
 
 import pandas as pd
+import yaml
 
-from .allocation import heads_for_budget
-from .checkpoints import load_checkpoint
-from .runs import ROOT, check_run, require
-from .statistics import check_source
-from .text import SPLITS, load_text, token_blocks
+from .parameters import load_inputs
+from .runs import ROOT, require
+
+# what the notebooks say where a command does not
+DEFAULTS = {
+    "run_dir": "runs/tutorial",
+    "model": "wiki-mha",
+    "text": "wikipedia",
+    "budget": 0.25,
+    "method": "spectral",
+    "seed": 0,
+    "length": 256,
+    "calibration_blocks": 48,
+    "validation_blocks": 32,
+}
 
 
-def check(model, text, budget, length, run_dir):
-    """Fetch the model, and look at everything that could go wrong before the first notebook: hours may follow."""
-    check_run(run_dir, model=model, text=text, budget=budget, length=length)
-    source, tokenizer = load_checkpoint(model)
-    check_source(source.config)
-    heads_for_budget(source.config, budget)
-    for split in SPLITS:
-        token_blocks(tokenizer, load_text(text, split), length)
+def typed(word):
+    """A word of a command line as papermill's -p reads it: a number where it can be one."""
+    if word in ("True", "False", "None"):
+        return {"True": True, "False": False, "None": None}[word]
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            pass
+    return word
 
 
 def main(command_line=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("check", "table"))
-    parser.add_argument("--run-dir", required=True)
-    parser.add_argument("--model", default="wiki-mha")
-    parser.add_argument("--text", default="wikipedia")
-    parser.add_argument("--budget", type=float, default=0.5)
-    parser.add_argument("--length", type=int, default=256, help="tokens a block")
+    actions = parser.add_subparsers(dest="action", required=True)
+    check = actions.add_parser("check", help="fetch the model, and look at everything that could go wrong later")
+    check.add_argument("-p", dest="typed", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    check.add_argument("-r", dest="raw", nargs=2, action="append", default=[], metavar=("NAME", "TEXT"))
+    check.add_argument("-y", dest="yaml", action="append", default=[], metavar="YAML")
+    table = actions.add_parser("table", help="print what the notebooks of a run have measured")
+    table.add_argument("--run-dir", required=True)
     arguments = parser.parse_args(command_line)
     try:
         if arguments.action == "check":
-            check(arguments.model, arguments.text, arguments.budget, arguments.length, arguments.run_dir)
+            given = {name: typed(word) for name, word in arguments.typed} | dict(arguments.raw)
+            for text in arguments.yaml:
+                given |= yaml.safe_load(text)
+            load_inputs(**DEFAULTS | given)
         else:
             metrics = require(ROOT / arguments.run_dir, "metrics.csv", "notebooks 01 to 05")
             print(pd.read_csv(metrics).round(3).to_string(index=False, na_rep=""))

@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import torch
 
+from .checkpoints import dtype_name, served_dtype
 from .evaluation import interval, token_losses
 from .fusion import fuse, spectral_layers
 from .grouping import HeadPlan
@@ -30,8 +31,9 @@ def plan_heads(
     """The `HeadPlan` for one wish: groups of least cost in every layer, and as many heads in each as it is worth.
 
     `blocks` [blocks, length]: calibration tokens. The wish is one of `budget`, key and value heads to keep, as a share of
-    the source's; `cache_bytes`, the most bytes of KV cache a token, in the model's dtype; `max_increase`, the largest
-    acceptable increase of the perplexity before refit and training, 0.05 for 5 % (`heads_for_increase`).
+    the source's; `cache_bytes`, the most bytes of KV cache a token, in the dtype of the checkpoint (`served_dtype`);
+    `max_increase`, the largest acceptable increase of the perplexity before refit and training, 0.05 for 5 %
+    (`heads_for_increase`): every second block measures it, and nothing else sees those blocks.
     `method` ("mean" or "spectral") says by which fusion groups are judged. `allocation`: "uniform", the same counts in
     every layer; "cost", least sum of relative costs; "loss", least sum of measured rises of the loss (`loss_rises`);
     "refit", least sum of what a refit leaves of them (`after_refit`). All but the first are solved exactly (`knapsack`).
@@ -40,6 +42,10 @@ def plan_heads(
     """
     if allocation not in ALLOCATIONS:
         raise ValueError(f"there is no allocation {allocation!r}: choose one of {', '.join(ALLOCATIONS)}")
+
+    held_out = None
+    if max_increase is not None:
+        blocks, held_out, layers = blocks[0::2], blocks[1::2], None
 
     @cache
     def partitions():
@@ -55,14 +61,15 @@ def plan_heads(
     def counts(heads):
         return uniform_counts(model.config, heads) if allocation == "uniform" else knapsack(prices(), heads)
 
-    heads = wished_heads(model, blocks, counts, budget, cache_bytes, max_increase, method)
+    heads = wished_heads(model, blocks, counts, budget, cache_bytes, max_increase, method, held_out)
     return plan_of_counts(partitions(), counts(heads))
 
 
-def wished_heads(model, blocks, counts, budget=None, cache_bytes=None, max_increase=None, method="spectral"):
+def wished_heads(model, blocks, counts, budget=None, cache_bytes=None, max_increase=None, method="spectral", held_out=None):
     """The number of key and value heads, over all layers, that the one wish comes to that is not None (`plan_heads`).
 
-    `counts`: gives [layers, 2] for a number of heads; only `max_increase` asks for it.
+    `counts`: gives [layers, 2] for a number of heads; only `max_increase` asks for it, and for blocks `held_out`, on which
+    it measures.
 
     Raises ValueError if there is not one wish, or it asks for less than one key and one value head a layer or for more
     than there are.
@@ -70,38 +77,40 @@ def wished_heads(model, blocks, counts, budget=None, cache_bytes=None, max_incre
     if sum(wish is not None for wish in (budget, cache_bytes, max_increase)) != 1:
         raise ValueError("give one of budget, cache_bytes and max_increase, to say how many heads to keep")
     if max_increase is not None:
-        return heads_for_increase(model, blocks, max_increase, counts, method)
+        return heads_for_increase(model, blocks, held_out, max_increase, counts, method)
     return heads_for_budget(model.config, budget if cache_bytes is None else budget_for_cache(model, cache_bytes))
 
 
 def budget_for_cache(model, cache_bytes):
-    """The largest budget whose KV cache takes at most `cache_bytes` a token, in the dtype of `model`; at most 1."""
-    config = model.config
-    head_bytes = config.head_dim * model.dtype.itemsize
+    """The largest budget whose KV cache takes at most `cache_bytes` a token, in `served_dtype(model)`; at most 1."""
+    config, dtype = model.config, served_dtype(model)
+    head_bytes = config.head_dim * dtype.itemsize
     least = 2 * config.num_hidden_layers
     if cache_bytes < least * head_bytes:
         raise ValueError(
             f"a cache of {cache_bytes} bytes a token is too small: one key head and one value head in each of "
-            f"{config.num_hidden_layers} layers take {least * head_bytes}"
+            f"{config.num_hidden_layers} layers take {least * head_bytes} in {dtype_name(dtype)}"
         )
     return min(1.0, cache_bytes // head_bytes / (least * config.num_key_value_heads))
 
 
 @torch.no_grad()
-def heads_for_increase(model, blocks, max_increase, counts, method="spectral"):
+def heads_for_increase(model, blocks, held_out, max_increase, counts, method="spectral"):
     """The fewest heads with which the perplexity rises by at most the share `max_increase`, as fused.
 
-    `counts`: gives [layers, 2] for a number of heads. Every second block makes the fusion, the others measure the rise; the
-    number of heads is bisected, as if more heads never were worse. What was found is logged, with the 95 % interval of
-    the increase over the measuring blocks. A refit lowers it further: with one the budget found is on the safe side.
+    `counts`: gives [layers, 2] for a number of heads, by prices that have not seen `held_out`. `blocks` make the groups and
+    the fusion, `held_out` measure the rise; the number of heads is bisected, as if more heads never were worse. What was
+    found is logged, with the 95 % interval of the increase over the measuring blocks. A refit lowers it further: with one
+    the budget found is on the safe side.
 
-    Raises ValueError if `max_increase` is not above 0.
+    Raises ValueError if `max_increase` is not above 0, or there is nothing to measure on.
     """
     if not max_increase > 0:
         raise ValueError(f"the largest acceptable increase of the perplexity is a share above 0, not {max_increase}")
-    fitted, held_out = blocks[0::2], blocks[1::2]
-    layers = spectral_layers(model, fitted) if method == "spectral" else None
-    partitions = group_heads(model, fitted, method, layers)
+    if held_out is None or not len(held_out):
+        raise ValueError("an increase of the perplexity is measured on blocks of its own: give more calibration text")
+    layers = spectral_layers(model, blocks) if method == "spectral" else None
+    partitions = group_heads(model, blocks, method, layers)
     base = token_losses(model, held_out).mean(1)
 
     def rises(heads):

@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from scipy.stats import ttest_1samp
 from torch.nn.functional import nll_loss
+from transformers import DynamicCache
+
+from .checkpoints import served_dtype
 
 
 def token_losses(model, blocks):
@@ -64,11 +67,21 @@ def scored_tokens(blocks):
 
 
 @torch.no_grad()
-def cache_bytes(model, length, batch_size=1):
-    """Bytes that the KV cache really holds after `length` tokens of `batch_size` sequences, counted on its tensors."""
+def cache_bytes(model, length, batch_size=1, dtype=None):
+    """Bytes that the KV cache really holds after `length` tokens of `batch_size` sequences, counted on its tensors.
+
+    In the dtype that the model computes in, or as they would be in `dtype` (`served_dtype`: the checkpoint's own).
+    """
     tokens = torch.zeros(batch_size, length, dtype=torch.long, device=model.device)
-    cache = model.model(tokens, use_cache=True).past_key_values
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    cache = DynamicCache(config=model.config)
+    model.model(tokens, past_key_values=cache, use_cache=True)
+    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    return numbers * (dtype or model.dtype).itemsize
+
+
+def bytes_per_token(model):
+    """Bytes of KV cache a token of one sequence, in the dtype that the model is served in."""
+    return cache_bytes(model, 1, dtype=served_dtype(model))
 
 
 @torch.no_grad()

@@ -7,10 +7,11 @@ k_p → c k_p and q_p → q_p / conj(c) for any c ≠ 0. Neither changes what th
 import copy
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import rotate_half
 
-from .fusion import fuse
+from .checkpoints import check_source
+from .fusion import fuse, to_llama
 from .grouping import HeadPlan
 from .spectral import as_planes, from_planes
 from .statistics import set_rows, with_bias
@@ -20,22 +21,26 @@ from .statistics import set_rows, with_bias
 def apply_freedoms(model, seed=0):
     """A copy of a LLaMA `model` with the same logits, every key and value head turned by freedoms drawn from `seed`.
 
-    The complex scalars have modulus 0.5 to 1.5, the R singular values 0.5 to 1.5.
+    The complex scalars have modulus 0.5 to 1.5, the R singular values 0.5 to 1.5. They are drawn on the CPU, the same for
+    every device.
+
+    Raises ValueError as `check_source` does.
     """
+    check_source(model)
     model, random = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     for layer in model.model.layers:
         attention, d = layer.self_attn, layer.self_attn.head_dim
-        key = as_planes(with_bias(attention.k_proj), d)
+        key = as_planes(with_bias(attention.k_proj).float(), d)
         scalar = torch.polar(
             torch.rand(key.shape[:2], generator=random) + 0.5, torch.rand(key.shape[:2], generator=random) * 2 * torch.pi
-        )
-        query = as_planes(with_bias(attention.q_proj), d).unflatten(0, (len(key), -1))
+        ).to(key.device)
+        query = as_planes(with_bias(attention.q_proj).float(), d).unflatten(0, (len(key), -1))
         set_rows(attention.k_proj, from_planes(key * scalar[..., None]))
         set_rows(attention.q_proj, from_planes((query / scalar.conj()[:, None, :, None]).flatten(0, 1)))
 
-        turn = torch.stack([_well_conditioned(d, random) for _ in range(len(key))])  # R of each value head
-        value = with_bias(attention.v_proj).unflatten(0, (-1, d))
-        output = attention.o_proj.weight.unflatten(1, (len(key), -1, d))  # [hidden, heads, queries, d]
+        turn = torch.stack([_well_conditioned(d, random) for _ in range(len(key))]).to(key.device)  # R of each value head
+        value = with_bias(attention.v_proj).float().unflatten(0, (-1, d))
+        output = attention.o_proj.weight.float().unflatten(1, (len(key), -1, d))  # [hidden, heads, queries, d]
         set_rows(attention.v_proj, (turn @ value).flatten(0, 1))
         attention.o_proj.weight.copy_((output @ torch.linalg.inv(turn)[None]).flatten(1))
     return model
@@ -58,7 +63,8 @@ def plant_redundancy(model, seed=0):
     for name, weight in weights.items():
         if ".k_proj." in name or ".v_proj." in name:
             weights[name] = weight.unflatten(0, (-1, attention.head_dim)).repeat_interleave(copies, 0).flatten(0, 1)
-    planted = LlamaForCausalLM(config).to(model.device, model.dtype)
+    with torch.device(model.device):
+        planted = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     planted.load_state_dict(weights)
     return apply_freedoms(planted.eval(), seed)
 
@@ -77,10 +83,7 @@ def grouped_query(model, blocks):
     if config.num_key_value_heads < config.num_attention_heads:
         return model
     kept = next(n for n in range(config.num_key_value_heads // 2, 0, -1) if config.num_key_value_heads % n == 0)
-    fused = fuse(model, HeadPlan.uniform(config, kept, kept), blocks, free_frequencies=False)
-    grouped = LlamaForCausalLM(LlamaConfig(**config.to_dict() | {"num_key_value_heads": kept}))
-    grouped.load_state_dict(fused.state_dict())
-    return grouped.to(model.device, model.dtype).eval()
+    return to_llama(fuse(model, HeadPlan.uniform(config, kept, kept), blocks, free_frequencies=False))
 
 
 @torch.no_grad()
@@ -88,7 +91,7 @@ def rope_score(model, query, key, query_position, key_position, omega=1.0):
     """q · k (both [d]) after RoPE at their positions; `omega` [d] weighs the key after RoPE, as nobody should."""
 
     def turned(x, position):
-        cos, sin = model.model.rotary_emb(x[None, None], torch.tensor([[position]]))
+        cos, sin = model.model.rotary_emb(x[None, None], torch.tensor([[position]], device=x.device))
         return (x * cos + rotate_half(x) * sin).flatten()
 
     return float(turned(query, query_position) @ (omega * turned(key, key_position)))

@@ -4,13 +4,16 @@ The paper's learned linear fusion (DHA §4.2), which trains, is `linear.py`.
 """
 
 import copy
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from .modeling import DhaAttention, DhaConfig, DhaForCausalLM
+from .checkpoints import check_source, served_dtype
+from .modeling import DhaAttention, DhaConfig
 from .spectral import SpectralLayer
-from .statistics import check_source, collect_statistics, with_bias
+from .statistics import collect_statistics, with_bias
 
 METHODS = ("mean", "spectral")
 
@@ -26,7 +29,7 @@ def fuse(model, plan, blocks=None, method="spectral", free_frequencies=True, lay
     a DHA model already.
     """
     check_method(method)
-    check_plan(plan, model.config)
+    check_plan(plan, model)
     if method == "spectral" and layers is None:
         layers = spectral_layers(model, blocks, free_frequencies)
     fused_layers = [
@@ -38,14 +41,15 @@ def fuse(model, plan, blocks=None, method="spectral", free_frequencies=True, lay
 
 def assemble(model, fused_layers):
     """The DHA model with the attention of `fused_layers`, one `FusedLayer` a layer, and all else from `model`."""
-    with torch.device(model.device):
-        fused = DhaForCausalLM(dha_config(model.config, fused_layers)).to(model.dtype)
+    with torch.device(model.device):  # .to(dtype) would round RoPE's frequencies, too
+        fused = AutoModelForCausalLM.from_config(dha_config(model.config, fused_layers), dtype=model.dtype)
     weights, own = model.state_dict(), fused.state_dict()
     weights = {name: weight for name, weight in weights.items() if name in own and ".self_attn." not in name}
     for i, layer in enumerate(fused_layers):
         weights |= {f"model.layers.{i}.self_attn.{name}": weight for name, weight in layer.weights.items()}
     fused.load_state_dict(weights)
     fused.generation_config = copy.deepcopy(model.generation_config)
+    fused.checkpoint_dtype = served_dtype(model)
     return fused.eval()
 
 
@@ -57,8 +61,9 @@ def check_method(method):
         )
 
 
-def check_plan(plan, config):
-    check_source(config)
+def check_plan(plan, model):
+    check_source(model)
+    config = model.config
     shape = (len(plan.key_groups), plan.source_heads)
     if shape != (config.num_hidden_layers, config.num_key_value_heads):
         raise ValueError(
@@ -133,7 +138,7 @@ def weights_by_name(attention, rows, output):
 
 def mean_head(projection, group, head_dim):
     """[d, n]: the mean of the projection's heads in `group`."""
-    return with_bias(projection).unflatten(0, (-1, head_dim))[group].mean(0)
+    return with_bias(projection).float().unflatten(0, (-1, head_dim))[group].mean(0)
 
 
 def query_heads(group, queries_per_head):
@@ -162,7 +167,48 @@ def dha_config(config, fused_layers):
 
 def fused_attention(config, fused_layer):
     """A `DhaAttention` module that can stand in for the source's attention of that layer (no cache)."""
-    module = DhaAttention(dha_config(config, [fused_layer]), 0)
+    settings = dha_config(config, [fused_layer])
+    settings._attn_implementation = config._attn_implementation
+    module = DhaAttention(settings, 0)
     module.load_state_dict(fused_layer.weights)
-    module.config._attn_implementation = config._attn_implementation
     return module.to(fused_layer.weights["q_proj.weight"]).eval()
+
+
+@torch.no_grad()
+def to_llama(model):
+    """The plain grouped-query `LlamaForCausalLM` that computes what a DHA `model` does, for tools that know no DHA.
+
+    Its query heads stand in another order, those of a group side by side.
+
+    Raises ValueError unless every layer has the same number of key heads, as many value heads, both shared by the same
+    query heads, in groups of one size, and standard RoPE planes: as from `fuse(model, HeadPlan.uniform(config, n, n),
+    free_frequencies=False)`.
+    """
+    config, d = model.config, model.config.head_dim
+    maps, kept = list(zip(config.key_head_map, config.value_head_map)), config.num_key_value_heads
+    pairs = [Counter(zip(keys, values)) for keys, values in maps]  # (key head, value head): how many query heads
+    plain = all(len(pair) == kept and len(set(pair.values())) == 1 for pair in pairs)
+    if set(sum(config.head_counts(), ())) != {kept} or not plain or config.key_frequencies:
+        raise ValueError(
+            "a plain LLaMA cannot hold this model: it has one number of key and value heads in all layers, shared by the "
+            "same query heads in groups of one size, with standard RoPE planes; fuse with HeadPlan.uniform(config, n, n) "
+            "and free_frequencies=False"
+        )
+    own = ("model_type", "architectures", "key_head_map", "value_head_map", "key_frequencies", "source_num_key_value_heads")
+    settings = {name: value for name, value in config.to_dict().items() if name not in own}
+    with torch.device(model.device):
+        llama = AutoModelForCausalLM.from_config(LlamaConfig(**settings), dtype=model.dtype)
+    weights = model.state_dict()
+    for index, (keys, values) in enumerate(maps):
+        queries = sorted(range(len(keys)), key=keys.__getitem__)
+        order = {"q_proj": queries, "v_proj": [values[keys.index(key)] for key in range(kept)]}
+        for name in weights:
+            layer, projection = f"layers.{index}.self_attn.", name.split(".")[-2]
+            if layer in name and projection in order:
+                weights[name] = weights[name].unflatten(0, (-1, d))[order[projection]].flatten(0, 1)
+            elif layer in name and name.endswith("o_proj.weight"):
+                weights[name] = weights[name].unflatten(1, (-1, d))[:, queries].flatten(1)
+    llama.load_state_dict(weights)
+    llama.generation_config = copy.deepcopy(model.generation_config)
+    llama.checkpoint_dtype = served_dtype(model)
+    return llama.eval()

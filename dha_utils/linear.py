@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from .checkpoints import cast_weights, check_source
 from .evaluation import perplexity
 from .fusion import FusedLayer, assemble, check_plan, head_map, query_heads, weights_by_name
 from .statistics import with_bias
@@ -44,8 +45,12 @@ class MixedHeads(nn.Module):
 
 
 def with_omega(model, plan=None, per_dimension=True):
-    """A copy of a LLaMA `model` with ω at the identity: the same logits. Without a `plan`, every head may mix all."""
-    model = copy.deepcopy(model)
+    """A float32 copy of a LLaMA `model` with ω at the identity: the same logits. Without a `plan`, every head may mix all.
+
+    Raises ValueError as `check_source` does.
+    """
+    check_source(model)
+    model = cast_weights(copy.deepcopy(model), torch.float32)
     config = model.config
     for index, layer in enumerate(model.model.layers):
         attention = layer.self_attn
@@ -138,7 +143,7 @@ def learn_fusion(
     `output_dir` gets `log.csv` (with fusion_loss, target, multiplier λ, collapsed_perplexity) and checkpoints; the same
     call resumes. Raises ValueError as `train` does, or if the plan is for another model or the hinge unknown.
     """
-    check_plan(plan, model.config)
+    check_plan(plan, model)
     if hinge not in HINGES:
         raise ValueError(f"there is no hinge {hinge!r}: choose one of {', '.join(HINGES)}")
     mixed = with_omega(model, plan, per_dimension)
@@ -181,7 +186,7 @@ def learn_fusion(
         log.warning(
             "L_fusion is still %.2g, not below %g: averaging ω will move the model, give more tokens", left, tolerance
         )
-    return collapse(mixed, plan)
+    return cast_weights(collapse(mixed, plan), model.dtype)
 
 
 def omega_optimizer(model, learning_rate, omega_learning_rate, multiplier_learning_rate=0.0):

@@ -2,16 +2,33 @@
 
     head_h = softmax(q_h · k_{key_head_map[h]}ᵀ / √d) · v_{value_head_map[h]}
 
-A checkpoint saved from here loads through `AutoModelForCausalLM` once `dha_utils` is imported.
+A checkpoint saved from here loads through transformers' `Auto*` classes once `dha_utils` is imported.
+What is used of transformers beyond its public interface is named in tests/test_transformers.py.
 """
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
 from transformers.cache_utils import StaticLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel, eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward, rotate_half
+from transformers.utils import TransformersKwargs
+
+# What a decoder layer hands to its attention beyond the named arguments. Anything else is refused: 5.24 renamed the cache,
+# and a signature that swallows what it does not know lost it without an error.
+KNOWN_ARGUMENTS = {*TransformersKwargs.__annotations__, "cache_position", "use_cache"}
 
 
 @strict
@@ -21,7 +38,8 @@ class DhaConfig(LlamaConfig):
     `key_head_map`, `value_head_map`: per layer, for each query head the index of its key (value) head. Absent: one
     head each. `key_frequencies`: per layer and key head, the RoPE frequency (an index below head_dim / 2) that each of
     its head_dim / 2 planes turns with. Absent: the standard order.
-    `num_key_value_heads` stays that of the source, so that the head budget can be told from the config.
+    `source_num_key_value_heads`: of the model that it was made from, so that the budget can be told from the config.
+    `num_key_value_heads`, which others size caches by, is the most heads of a kind that a layer caches.
     """
 
     model_type = "dha"
@@ -29,6 +47,7 @@ class DhaConfig(LlamaConfig):
     key_head_map: list | None = None
     value_head_map: list | None = None
     key_frequencies: list | None = None
+    source_num_key_value_heads: int | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -37,6 +56,8 @@ class DhaConfig(LlamaConfig):
         self.value_head_map = self.value_head_map or own_head
         for name in ("key_head_map", "value_head_map"):
             _check_map(name, getattr(self, name), self.num_hidden_layers, self.num_attention_heads)
+        self.source_num_key_value_heads = self.source_num_key_value_heads or self.num_key_value_heads
+        self.num_key_value_heads = max(map(max, self.head_counts()))
 
     def head_counts(self):
         """[(key heads, value heads)] per layer."""
@@ -46,7 +67,7 @@ class DhaConfig(LlamaConfig):
     def budget(self):
         """Key and value heads kept, over those of the source: the ratio of the KV caches."""
         kept = sum(keys + values for keys, values in self.head_counts())
-        return kept / (2 * self.num_hidden_layers * self.num_key_value_heads)
+        return kept / (2 * self.num_hidden_layers * self.source_num_key_value_heads)
 
 
 def _check_map(name, layers, num_layers, num_heads):
@@ -79,19 +100,25 @@ class DhaAttention(LlamaAttention):
         planes = torch.tensor(frequencies[self.layer_idx]).repeat(1, 2) if frequencies else None
         return {"key_planes": planes}
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, cache=None, **kwargs):
+        if unknown := kwargs.keys() - KNOWN_ARGUMENTS:
+            raise TypeError(f"DHA attention does not know the argument(s) {', '.join(sorted(unknown))}: leave them out")
+        cache = past_key_values if cache is None else cache  # transformers 5.23 says the one, 5.24 the other
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
             project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = self._rotate(query, key, *position_embeddings)
-        if past_key_values is not None:  # an empty cache is falsy
-            self._refuse_static(past_key_values)
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        if query.shape[2] == 1 and past_key_values is not None and not self.training:
+        if cache is not None:  # an empty cache is falsy
+            self._check_cache(cache)
+            key, value = cache.update(key, value, self.layer_idx)
+        backend = self.config._attn_implementation
+        flat_mask = attention_mask is None or isinstance(attention_mask, torch.Tensor)  # FlexAttention has its own kind
+        if query.shape[2] == 1 and cache is not None and flat_mask and not self.training:
             output, weights = self._decode(query, key, value, attention_mask)
+            weights = weights if backend == "eager" else None  # no other backend hands them out
         else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
             dropout = self.attention_dropout if self.training else 0.0
             key, value = key[:, self.key_groups.group], value[:, self.value_groups.group]
             output, weights = attend(
@@ -112,22 +139,35 @@ class DhaAttention(LlamaAttention):
     def _decode(self, query, key, value, attention_mask):
         """One new token over the cache as it is: grouped matrix products, no head is ever copied.
 
-        query [batch, heads, 1, d], key [batch, n_k, length, d], value [batch, n_v, length, d].
+        query [batch, heads, 1, d], key [batch, n_k, length, d], value [batch, n_v, length, d]. attention_mask: None,
+        [batch, 1 or heads, 1, length], of booleans or to be added, or FlashAttention's [batch, length], 0 where padded.
         """
-        scores = self.key_groups.ungroup(self.key_groups.grouped(query) @ key.transpose(2, 3)) * self.scaling
+        query = query * self.scaling
+        scores = self.key_groups.ungroup(self.key_groups.grouped(query) @ key.transpose(2, 3))
         if attention_mask is not None:
-            mask = attention_mask[..., -scores.shape[-1] :].squeeze(2)
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+            mask = attention_mask[..., -scores.shape[-1] :]
+            mask = mask[:, None].bool() if mask.dim() == 2 else mask.squeeze(2)
+            lowest = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype).unsqueeze(2)
         return self.value_groups.ungroup(self.value_groups.grouped(weights) @ value).unsqueeze(1), weights
 
-    def _refuse_static(self, cache):
-        keys, values = self.key_groups.count, self.value_groups.count
-        if keys != values and isinstance(cache.layers[self.layer_idx], StaticLayer):
+    def _check_cache(self, cache):
+        """Refuses what would not hold this layer's heads; a `DynamicCache()` has no layers before its first update."""
+        if self.layer_idx >= len(cache.layers):
+            return
+        layer, counts = cache.layers[self.layer_idx], (self.key_groups.count, self.value_groups.count)
+        if counts[0] != counts[1] and isinstance(layer, StaticLayer):
             raise ValueError(
-                f"a static cache cannot hold {keys} key heads beside {values} value heads (layer {self.layer_idx}): "
-                "use the default dynamic cache"
+                f"a static cache cannot hold {counts[0]} key heads beside {counts[1]} value heads (layer "
+                f"{self.layer_idx}): use the default dynamic cache"
             )
+        for states, count, kind in zip((layer.keys, layer.values), counts, ("key", "value")):
+            if states is not None and states.dim() == 4 and states.shape[1] != count:
+                raise ValueError(
+                    f"the cache holds {states.shape[1]} {kind} heads in layer {self.layer_idx}, this layer {count}: prefix "
+                    "tuning and caches made by hand have one number of heads for all layers, keys and values"
+                )
 
 
 class QueryGroups(nn.Module):
@@ -184,6 +224,30 @@ class DhaForCausalLM(LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError(
+            "continuous batching (generate_batch) has one number of heads for all layers, keys and values: use generate, "
+            "or dha_utils.to_llama where the plan allows it"
+        )
+
+
+class DhaPreTrainedModel(LlamaPreTrainedModel):
+    config: DhaConfig
+
+
+class DhaForSequenceClassification(GenericForSequenceClassification, DhaPreTrainedModel):
+    pass
+
+
+class DhaForTokenClassification(GenericForTokenClassification, DhaPreTrainedModel):
+    pass
+
 
 AutoConfig.register("dha", DhaConfig, exist_ok=True)
-AutoModelForCausalLM.register(DhaConfig, DhaForCausalLM, exist_ok=True)
+for auto, model_class in (
+    (AutoModel, DhaModel),
+    (AutoModelForCausalLM, DhaForCausalLM),
+    (AutoModelForSequenceClassification, DhaForSequenceClassification),
+    (AutoModelForTokenClassification, DhaForTokenClassification),
+):
+    auto.register(DhaConfig, model_class, exist_ok=True)

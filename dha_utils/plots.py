@@ -54,12 +54,15 @@ def head_trees(similarity, layers, title):
     figure, axes = plt.subplots(2, len(layers), figsize=(3 * len(layers) + 0.5, 5), squeeze=False, layout="constrained")
     for row, kind in zip(axes, ("key", "value")):
         for axis, layer in zip(row, layers):
+            axis.set(title=f"{kind}s, layer {layer}", xlabel="head", ylabel="1 − similarity")
+            axis.grid(False)
             distance = np.clip(1 - np.asarray(similarity[kind][layer]), 0, None)
+            if len(distance) == 1:
+                axis.text(0.5, 0.5, "one head: nothing to join", ha="center", transform=axis.transAxes)
+                continue
             np.fill_diagonal(distance, 0)
             tree = linkage(squareform(distance, checks=False), "average")
             dendrogram(tree, ax=axis, color_threshold=0, above_threshold_color=KIND_COLORS[kind])
-            axis.set(title=f"{kind}s, layer {layer}", xlabel="head", ylabel="1 − similarity")
-            axis.grid(False)
     figure.suptitle(title)
     return figure
 
@@ -70,7 +73,7 @@ def price_maps(prices, title, label):
     figure, axes = plt.subplots(1, 2, figsize=(9, 1.8 + 0.28 * len(prices)), layout="constrained")
     for axis, kind in zip(axes, range(2)):
         sns.heatmap(
-            prices[:, kind, :-1],
+            prices[:, kind, : max(1, prices.shape[2] - 1)],  # all heads cost nothing: shown only if there is but one
             ax=axis,
             cmap=SHEET,
             vmin=0,

@@ -8,7 +8,8 @@ from peft import LoraConfig, LoraModel
 from torch.nn.functional import kl_div
 from transformers import set_seed
 
-from .training import train
+from .checkpoints import cast_weights
+from .training import fingerprint, train
 
 TRAINABLE = ("attention", "all", "lora")
 
@@ -36,20 +37,22 @@ def pretrain(
     then cosine decay of `learning_rate`.
     `validation` [blocks, length]: its perplexity is measured `evaluations` times, evenly spaced, and at the start.
 
+    Trained in float32, in which small steps are not lost, and given back in the dtype of `model`.
+
     `output_dir` gets `log.csv` (`training_log` reads it) and checkpoints, from which the same call resumes.
 
-    Raises ValueError if the tokens do not make a step, or a step is not a whole number of blocks.
+    Raises ValueError as `train` does, or if there is no such part to train.
     """
     if trainable not in TRAINABLE:
         raise ValueError(f"cannot train {trainable!r} weights: choose one of {', '.join(TRAINABLE)}")
-    model = copy.deepcopy(model)
+    dtype, model = model.dtype, cast_weights(copy.deepcopy(model), torch.float32)
     if trainable == "lora":
         set_seed(seed)
         adapters = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
         tuner = LoraModel(model, adapters, "default")
     for name, parameter in model.named_parameters():
         parameter.requires_grad = trainable == "all" or (".lora_" if trainable == "lora" else ".self_attn.") in name
-    trained = train(
+    train(
         model,
         blocks,
         tokens,
@@ -59,23 +62,23 @@ def pretrain(
         validation=validation,
         evaluations=evaluations,
         output_dir=output_dir,
-        settings=[teacher is not None, trainable, lora_rank],
+        settings=[teacher is not None and fingerprint(teacher), trainable, lora_rank],
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(tokens // tokens_per_step / 10),
     )
     if trainable == "lora":
-        trained = tuner.merge_and_unload()
-    return trained.requires_grad_(True)
+        model = tuner.merge_and_unload()
+    return cast_weights(model, dtype).requires_grad_(True)
 
 
 def distillation(teacher):
     """KL(teacher ‖ model) in nats a token, as a loss for `train`."""
 
     def loss(model, input_ids, step):
-        logits = model(input_ids=input_ids, use_cache=False).logits
+        logits = model(input_ids=input_ids, use_cache=False).logits.float()
         with torch.no_grad():
-            target = teacher(input_ids=input_ids, use_cache=False).logits.log_softmax(-1)
+            target = teacher(input_ids=input_ids, use_cache=False).logits.float().log_softmax(-1)
         return kl_div(logits.log_softmax(-1), target, reduction="none", log_target=True).sum(-1).mean(), {}
 
     return loss

@@ -1,10 +1,13 @@
 """How alike the heads of a checkpoint are (DHA §3 and B.1)."""
 
+import math
+
 import pandas as pd
 import torch
 
-from .spectral import SpectralLayer
-from .statistics import check_source, collect_statistics, with_bias
+from .checkpoints import check_source
+from .spectral import SpectralLayer, share
+from .statistics import collect_statistics, with_bias
 
 METRICS = ("weight_cka", "activation_cka", "spectral")
 
@@ -16,11 +19,11 @@ def head_similarity(model, blocks=None, metric="weight_cka"):
     `"weight_cka"`: linear CKA of the weights, as in the paper (B.1). `"activation_cka"`: linear CKA of what the heads
     compute on `blocks`, centred (Kornblith et al. 2019). `"spectral"`: the share of energy that is kept if the two heads
     are fused into one, gauge freedoms used (`spectral.py`); without "query", which is not fused. All are 1 on the
-    diagonal, and at least 0.
+    diagonal, and at least 0; a head that is zero, as after pruning, is like no other by CKA, and free to fuse.
 
     Raises ValueError if the metric is unknown, or needs calibration tokens and `blocks` is None, or for a DHA model.
     """
-    check_source(model.config)
+    check_source(model)
     if metric not in METRICS:
         raise ValueError(f"there is no metric {metric!r}: choose one of {', '.join(METRICS)}")
     if blocks is None and metric != "weight_cka":
@@ -38,7 +41,7 @@ def head_similarity(model, blocks=None, metric="weight_cka"):
 
 
 def layer_redundancy(similarity):
-    """Mean similarity over the pairs of different heads, [layers, heads, heads] -> [layers]."""
+    """Mean similarity over the pairs of different heads, [layers, heads, heads] -> [layers]; NaN if there is one head."""
     heads = similarity.shape[-1]
     return (similarity.sum((1, 2)) - similarity.diagonal(dim1=1, dim2=2).sum(1)) / (heads * (heads - 1))
 
@@ -47,6 +50,7 @@ def planted_contrast(similarities, copies):
     """How well yardsticks tell planted copies from strangers: a table of distances (1 − similarity) per metric and kind.
 
     `similarities`: {metric: `head_similarity` of a planted checkpoint}. Every `copies` neighbours are one head in disguise.
+    If all are copies of one, there are no strangers: NaN, and None for "told apart".
     """
     rows = {}
     for metric, similarity in similarities.items():
@@ -58,9 +62,9 @@ def planted_contrast(similarities, copies):
             rows[metric, kind] = {
                 "copies, mean": near.mean().item(),
                 "copies, most": near.max().item(),
-                "strangers, least": far.min().item(),
+                "strangers, least": far.min().item() if far.numel() else math.nan,
                 "strangers, mean": far.mean().item(),
-                "told apart": near.max().item() < far.min().item(),
+                "told apart": near.max().item() < far.min().item() if far.numel() else None,
             }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["metric", "heads"])
 
@@ -72,12 +76,12 @@ def cka(rows, middle):
     """
     squared = torch.einsum("idn,nm,jem->ijde", rows, middle, rows).square().sum((2, 3))
     norm = squared.diagonal().sqrt()
-    return squared / torch.outer(norm, norm)
+    return (squared / torch.outer(norm, norm).clamp(min=torch.finfo(norm.dtype).tiny)).fill_diagonal_(1)
 
 
 def _layer_cka(attention, statistic):
     rows = {
-        name: with_bias(projection).unflatten(0, (-1, attention.head_dim))
+        name: with_bias(projection).float().unflatten(0, (-1, attention.head_dim))
         for name, projection in (("query", attention.q_proj), ("key", attention.k_proj), ("value", attention.v_proj))
     }
     if statistic is None:
@@ -94,5 +98,5 @@ def _spectral_similarity(layer):
         for i in heads:
             for j in range(i):
                 lost, total = cost((i, j))
-                similarity[name][i, j] = similarity[name][j, i] = 1 - lost / total
+                similarity[name][i, j] = similarity[name][j, i] = 1 - share(lost, total)
     return similarity

@@ -11,6 +11,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from .checkpoints import check_source
+from .statistics import attention_backend
+
 EXACT = 1e-9  # a relative squared error that is rounding: nothing to mend
 WELL = 0.9  # a round of gradient steps that leaves less than this of the error is followed by another
 RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # of the mean energy of what o_proj reads
@@ -27,29 +30,39 @@ def refit(fused, source, blocks, epochs=2, learning_rate=2e-3, layer_epochs=1, l
     undone. Gradient steps go in rounds of `epochs`: Adam, one block a step, with a cosine to zero. A round that took a
     tenth of the error away is followed by another, one that was undone by one at a quarter of the rate.
     `layer_epochs=0` leaves the MLP alone. Twice the text serves better than twice the epochs.
+    Everything is computed in float32 and by SDPA, whatever the models' dtype and attention backend.
 
-    Raises ValueError with fewer than four blocks.
+    Raises ValueError with fewer than four blocks, or as `check_source` does.
     """
+    check_source(source)
     if len(blocks) < 4:
         raise ValueError(f"a refit needs at least 4 calibration blocks, to hold one out, not {len(blocks)}")
     fused, random = copy.deepcopy(fused), torch.Generator().manual_seed(seed)
     blocks = blocks.to(source.device)
     with torch.no_grad():
-        theirs = source.model.embed_tokens(blocks)  # what enters the layer in the source …
+        theirs = source.model.embed_tokens(blocks).float()  # what enters the layer in the source …
         ours = theirs.clone()  # … and in the fused model
         turns = source.model.rotary_emb(theirs, torch.arange(blocks.shape[1], device=blocks.device)[None])
     rows = []
-    for index, pair in enumerate(tqdm(list(zip(source.model.layers, fused.model.layers)), "refit", leave=False)):
-        behind = {output: each_block(output, pair[0], theirs, turns) for output in (after_attention, after_layer)}
-        fit = LayerFit(pair[1], ours, behind, turns)
-        stages = {
-            "attention": fit.improve(after_attention, pair[1].self_attn, epochs, learning_rate, random),
-            "output": fit.solve_output(),
-            "layer": fit.improve(after_layer, pair[1], layer_epochs, layer_learning_rate, random),
-        }
-        rows += [{"layer": index, "stage": stage} | errors for stage, errors in stages.items()]
-        theirs, ours = behind[after_layer], each_block(after_layer, pair[1], ours, turns)
+    with attention_backend("sdpa", source, fused):  # by hand, without a mask, others are not causal
+        for index, pair in enumerate(tqdm(list(zip(source.model.layers, fused.model.layers)), "refit", leave=False)):
+            theirs_layer, layer = map(in_float32, pair)
+            behind = {output: each_block(output, theirs_layer, theirs, turns) for output in (after_attention, after_layer)}
+            fit = LayerFit(layer, ours, behind, turns)
+            stages = {
+                "attention": fit.improve(after_attention, layer.self_attn, epochs, learning_rate, random),
+                "output": fit.solve_output(),
+                "layer": fit.improve(after_layer, layer, layer_epochs, layer_learning_rate, random),
+            }
+            rows += [{"layer": index, "stage": stage} | errors for stage, errors in stages.items()]
+            pair[1].load_state_dict(layer.state_dict())
+            theirs, ours = behind[after_layer], each_block(after_layer, in_float32(pair[1]), ours, turns)
     return fused, pd.DataFrame(rows).set_index(["layer", "stage"])
+
+
+def in_float32(layer):
+    """The layer itself, or a copy if it is of another dtype."""
+    return layer if next(layer.parameters()).dtype == torch.float32 else copy.deepcopy(layer).float()
 
 
 def after_attention(layer, hidden_states, turns):

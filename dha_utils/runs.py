@@ -1,8 +1,8 @@
 """Run folders (`runs/NAME/`): what one notebook leaves for the next."""
 
+import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -12,22 +12,20 @@ ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ".6g"  # of the numbers in the CSVs
 
 
-def open_run(run_dir, **settings):
-    """The run folder, made if need be, as a `Path`; a relative one lies in the repository, wherever the notebook runs.
+def find(name):
+    """The path of a file or folder, there or not: a relative one as seen from here, or else from the repository."""
+    path = Path(name).expanduser()
+    return path if path.exists() else ROOT / path
+
+
+def check_run(run_dir, **settings):
+    """The run folder as a `Path`, there or not; a relative one lies in the repository, wherever the notebook runs.
 
     `settings` (model, text, budget, …) are what all notebooks of the run share.
 
     Raises ValueError if the folder holds a run with other settings, or other things than a run.
     """
-    path = check_run(run_dir, **settings)
-    if not (path / "run.json").is_file():
-        write_whole(path / "run.json", json.dumps(settings))
-    return path
-
-
-def check_run(run_dir, **settings):
-    """What `open_run` refuses, without making anything."""
-    path = ROOT / run_dir
+    path = ROOT / Path(run_dir).expanduser()
     if (path / "run.json").is_file():
         stored = json.loads((path / "run.json").read_text())
         changed = [name for name in settings if stored.get(name) != settings[name]]
@@ -39,14 +37,55 @@ def check_run(run_dir, **settings):
     return path
 
 
+def write_run(run_dir, settings):
+    """Make the run folder, if need be, and leave its settings there."""
+    path = check_run(run_dir, **settings)
+    if not (path / "run.json").is_file():
+        write_whole(path / "run.json", json.dumps(settings, indent=1))
+    return path
+
+
+def leave(run, name, *made_from):
+    """Note that the file or folder `name` of a run has just been made from these other files of it."""
+    made = _made(run) | {name: {file: _content(run / file) for file in ("run.json", *made_from)}}
+    write_whole(run / "made.json", json.dumps(made, indent=1))
+
+
 def require(run, name, notebook):
     """The path of what an earlier notebook left in the run folder.
 
-    Raises ValueError that says which notebook to run first.
+    Raises ValueError that says which notebook to run first, if it is missing, or what it was made from has changed since.
     """
     if not (run / name).exists():
         raise ValueError(f"there is no {name} in {run}: run {notebook} first, with the same run_dir")
+    if changed := _changed(run, name):
+        raise ValueError(f"{name} in {run} was made from another {changed}: run {notebook} again")
     return run / name
+
+
+def _made(run):
+    return json.loads((run / "made.json").read_text()) if (run / "made.json").is_file() else {}
+
+
+def _changed(run, name):
+    """The first of all that `name` was made from, however far back, that is not as it was."""
+    for file, content in _made(run).get(name, {}).items():
+        if _content(run / file) != content:
+            return file
+        if changed := _changed(run, file):
+            return changed
+    return None
+
+
+def _content(path):
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            digest.update(str(file.relative_to(path.parent)).encode())
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 def write_whole(path, text):
@@ -80,19 +119,6 @@ def append_rows(path, rows):
     with FileLock(f"{path}.lock"):
         table = pd.concat([read_rows(path), pd.DataFrame(rows)]).infer_objects()  # what is missing keeps numbers numbers
         write_whole(path, table.to_csv(index=False, float_format=f"%{DIGITS}"))
-
-
-def save_model(model, tokenizer, path):
-    """`save_pretrained` of both into a folder that appears whole, in the place of an older one."""
-    partial, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def record_metrics(run, stage, rows):

@@ -19,6 +19,7 @@ from .linear import omega_optimizer, omegas, paper_schedule, with_omega
 from .training import train
 
 GROUPINGS = ("annealing", "search")
+SCORES = "scores-{:05d}.safetensors"
 
 
 def search_scores(
@@ -41,8 +42,8 @@ def search_scores(
     `output_dir` gets the scores as safetensors, the log, and checkpoints from which the same call resumes.
     """
     mixed = with_omega(model, per_dimension=per_dimension)
-    saver = _SaveScores(Path(output_dir), steps, snapshots)
-    train(
+    saver = _SaveScores(steps, snapshots)
+    folder = train(
         mixed,
         blocks,
         steps * tokens_per_step,
@@ -54,7 +55,7 @@ def search_scores(
         output_dir=output_dir,
         **paper_schedule(learning_rate),
     )
-    return {step: load_file(saver.path(step)) for step in range(0, steps + 1, saver.every)}
+    return {step: load_file(folder / SCORES.format(step)) for step in range(0, steps + 1, saver.every)}
 
 
 @torch.no_grad()
@@ -70,21 +71,18 @@ def omega_scores(model):
 
 
 class _SaveScores(TrainerCallback):
-    def __init__(self, folder, steps, snapshots):
-        self.folder, self.every = folder, max(1, steps // snapshots)
-
-    def path(self, step):
-        return self.folder / f"scores-{step:05d}.safetensors"
+    def __init__(self, steps, snapshots):
+        self.every = max(1, steps // snapshots)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.on_step_end(args, state, control, model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0:
-            partial = self.folder / ".scores.partial"
-            save_file(omega_scores(model), partial)
-            partial.replace(self.path(state.global_step))
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(omega_scores(model), folder / ".scores.partial")
+            (folder / ".scores.partial").replace(folder / SCORES.format(state.global_step))
 
 
 def score_partitions(scores, heads, grouping="annealing", seed=0):

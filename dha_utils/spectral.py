@@ -35,7 +35,7 @@ def rope_hiding(rotary, distances=64):
 
     Softmax ignores what all keys of a query have in common; RoPE turns a common part into differences unless θ_p is slow.
     """
-    angles = torch.outer(rotary.inv_freq, torch.arange(distances, device=rotary.inv_freq.device))
+    angles = torch.outer(rotary.inv_freq.float(), torch.arange(distances, device=rotary.inv_freq.device))
     return torch.polar(torch.ones_like(angles), angles).mean(1).abs().square()
 
 
@@ -62,7 +62,7 @@ class SpectralLayer:
         d = attention.head_dim
         plain, seen, attended = (m.double() for m in (statistics.plain, statistics.seen, statistics.attended))
         key, query = key_and_query_planes(attention)
-        weight = torch.einsum("kgpn,nm,kgpm->kp", query.conj(), plain.to(query.dtype), query).real.sqrt()
+        weight = torch.einsum("kgpn,nm,kgpm->kp", query.conj(), plain.to(query.dtype), query).real.clamp(min=0).sqrt()
         hidden = rope_hiding(rotary)
         scaled = key * weight[..., None]
         seen_energy, attended_energy = (
@@ -99,8 +99,8 @@ class SpectralLayer:
         everything = range(len(self.query_weight))
         key_total, value_total = self.key_cost(everything)[1], self.value_cost(everything)[1]
         return (
-            lambda group: self.key_cost(group)[0] / key_total,
-            lambda group: self.value_cost(group)[0] / value_total,
+            lambda group: share(self.key_cost(group)[0], key_total),
+            lambda group: share(self.value_cost(group)[0], value_total),
         )
 
     def _keys(self, group):
@@ -132,8 +132,9 @@ class SpectralLayer:
         weight = self.query_weight[group][:, plane]
         key, query = key_and_query_planes(self.attention)
         shared = (u * weight).unsqueeze(-1).mul(key[group][:, plane]).sum(0, keepdim=True)
-        queries = (u / weight)[:, None, :, None] * query[group][:, :, plane]
-        scale = (queries.abs().square().sum(-1).mean((0, 1)).sqrt() / shared[0].abs().square().sum(-1).sqrt()).sqrt()
+        used = torch.where(weight > 0, weight, torch.inf)  # a query that the text never uses, a pruned head's, is dropped
+        queries = (u / used)[:, None, :, None] * query[group][:, :, plane]
+        scale = balance(queries.abs().square().sum(-1).mean((0, 1)), shared[0].abs().square().sum(-1))
         return from_planes(shared * scale[:, None]), from_planes((queries / scale[:, None]).flatten(0, 1)), plane
 
     def fuse_values(self, group):
@@ -141,14 +142,27 @@ class SpectralLayer:
         d = self.attention.head_dim
         rows = self._rows(group)
         values, vectors = torch.linalg.eigh(self._weighted_values(group))
-        values, vectors = values[-d:].clamp(min=values[-1] * 1e-12), vectors[:, -d:]
+        values, vectors = values[-d:].clamp(min=max(values[-1] * 1e-12, 1e-150)), vectors[:, -d:]
         metric = torch.block_diag(*self.value_metric[list(group)])
         shared = vectors.T @ metric @ with_bias(self.attention.v_proj)[rows].double()
         back = self.value_energy[rows][:, rows] @ metric @ vectors / values  # v_h from the shared value, least squares
         output = self.attention.o_proj.weight.double().T.unflatten(0, (len(self.value_metric), -1, d))[group]
         columns = back.unflatten(0, (len(group), d)).mT[:, None] @ output  # [g, queries, d, hidden]
-        scale = (columns.square().sum(-1).mean((0, 1)).sqrt() / shared.square().sum(-1).sqrt()).sqrt()
+        scale = balance(columns.square().sum(-1).mean((0, 1)), shared.square().sum(-1))
         return shared * scale[:, None], (columns / scale[:, None]).flatten(0, 2).T
+
+
+def share(part, whole):
+    """part / whole; of nothing, as the heads of a pruned layer have, nothing is lost."""
+    return part / whole if whole else 0.0
+
+
+def balance(first, second):
+    """(first / second)^¼: dividing what has the squared norm `first` by it, multiplying the other, makes them equal.
+
+    1 where either is zero.
+    """
+    return torch.where((first > 0) & (second > 0), first.sqrt() / second.sqrt(), 1.0).sqrt()
 
 
 def matrix_sqrt(matrix):
@@ -161,8 +175,8 @@ def mean_cost(attention):
     """The same two functions for mean pooling, judged by the weights alone: the share of their variance within groups."""
 
     def within_groups(projection):
-        heads = with_bias(projection).detach().unflatten(0, (-1, attention.head_dim))
+        heads = with_bias(projection).detach().float().unflatten(0, (-1, attention.head_dim))
         total = float(heads.square().sum())
-        return lambda group: float((heads[list(group)] - heads[list(group)].mean(0)).square().sum()) / total
+        return lambda group: share(float((heads[list(group)] - heads[list(group)].mean(0)).square().sum()), total)
 
     return within_groups(attention.k_proj), within_groups(attention.v_proj)

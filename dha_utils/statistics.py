@@ -1,10 +1,13 @@
 """What a calibration text says about the inputs of each attention layer: second moments, gathered in one pass."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from .checkpoints import check_source
 
 EVERY = 4  # one query in so many is asked what it attends to: its neighbours see nearly the same
 
@@ -25,40 +28,55 @@ class LayerStatistics:
     seen: Tensor
 
 
-def check_source(config):
-    """Raises ValueError for a DHA model, whose heads are shared already."""
-    if config.model_type != "llama":
-        raise ValueError(f"this is a {config.model_type!r} model already: give the LLaMA checkpoint that it was made from")
+@contextmanager
+def attention_backend(name, *models):
+    """The `models` compute their attention by transformers' backend `name`, for the time of a `with` block."""
+    before = [model.config._attn_implementation for model in models]
+    for model in models:
+        model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        for model, own in zip(models, before):
+            model.set_attn_implementation(own)
 
 
 @torch.no_grad()
 def collect_statistics(model, blocks):
     """One `LayerStatistics` per layer of a LLaMA `model`, from `blocks` [blocks, length] of calibration tokens.
 
-    Raises ValueError as `check_source` does.
-    """
-    check_source(model.config)
-    layers = [layer.self_attn for layer in model.model.layers]
-    sums = [None] * len(layers)
+    In float32 whatever the model's dtype: products of activations overflow in float16, and sums lose digits in bfloat16.
 
-    def record(index):
-        def hook(attention, args, kwargs, output):
-            x = with_one(attention, kwargs["hidden_states"][0])
-            update = _moments(x, output[1][0])
+    Raises ValueError as `check_source` does, or if an activation is not finite.
+    """
+    check_source(model)
+    layers = [layer.self_attn for layer in model.model.layers]
+    inputs, sums = [None] * len(layers), [None] * len(layers)
+
+    def watch(index, attention):
+        def keep(q_proj, args):
+            inputs[index] = args[0][0]
+
+        def record(attention, args, output):
+            update = _moments(with_one(attention, inputs[index].float()), output[1][0].float())
             sums[index] = update if sums[index] is None else [a + b for a, b in zip(sums[index], update)]
 
-        return hook
+        return attention.q_proj.register_forward_pre_hook(keep), attention.register_forward_hook(record)
 
-    backend = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # the only one that hands out attention weights
-    hooks = [layer.register_forward_hook(record(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    hooks = [hook for index, attention in enumerate(layers) for hook in watch(index, attention)]
     try:
-        for block in tqdm(blocks, "statistics", leave=False):
-            model.model(block[None].to(model.device), use_cache=False)
+        with attention_backend("eager", model):  # the only one that hands out attention weights
+            for block in tqdm(blocks, "statistics", leave=False):
+                model.model(block[None].to(model.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-        model.set_attn_implementation(backend)
+    for index, layer in enumerate(sums):
+        if not all(total.isfinite().all() for total in layer):
+            raise ValueError(
+                f"what layer {index} attends to is not finite: the checkpoint has NaN or infinite weights, or overflows in "
+                f"{model.dtype}: try bfloat16 or float32"
+            )
     return [LayerStatistics(*(total / len(blocks) for total in layer)) for layer in sums]
 
 

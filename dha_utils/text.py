@@ -1,27 +1,33 @@
-"""Where the text comes from: bundled Wikipedia, a `.txt` file or folder, or a data set of the hub."""
+"""Where the text comes from: bundled Wikipedia, a text or JSONL file, a folder of them, or a data set of the hub."""
 
 import bz2
+import json
 import re
 from functools import lru_cache
-from pathlib import Path
 from textwrap import shorten
 
 import torch
 
+from .runs import find
+
 SPLITS = ("train", "calibration", "validation")
 # Of every ten documents, in the order of the source, the first is for validation and the sixth for calibration.
 _EVERY, _VALIDATION, _CALIBRATION = 10, 0, 5
+FILES = (".txt", ".md", ".jsonl")
+PASSAGE = 4000  # characters
+READ = 4_000_000, 64  # characters: a sample of blocks is taken from so many, or from so many for each of its tokens
 
 
 def load_text(name="wikipedia", split="validation"):
     """The documents of one split, as a list of strings.
 
-    `name` is `"wikipedia"` (106 English articles that ship inside the gensim package), the path of a `.txt` file or
-    of a folder of them, or the name of a data set on the hub (needs internet) with a `text` column. The split goes
-    by whole documents and never changes: 8 in 10 are `"train"`, 1 is `"calibration"`, 1 `"validation"`. Calibrate a
+    `name` is `"wikipedia"` (106 English articles that ship inside the gensim package), the path of a text file, of a
+    JSONL file with a `text` in each line, or of a folder of `.txt`, `.md` and `.jsonl` files, or the name of a data set on
+    the hub (needs internet) with a `text` column. The split goes by whole documents (of a text file: by passages of about
+    4,000 characters) and never changes: 8 in 10 are `"train"`, 1 is `"calibration"`, 1 `"validation"`. Calibrate a
     conversion on `"train"`: many documents serve unseen text better than as many tokens of a few.
 
-    Raises ValueError if the split is unknown, nothing has that name, a file is not UTF-8, or there is too
+    Raises ValueError if the split is unknown, nothing has that name, a file is not UTF-8 or not JSONL, or there is too
     little text to split.
     """
     if split not in SPLITS:
@@ -31,7 +37,7 @@ def load_text(name="wikipedia", split="validation"):
     if not chosen:
         raise ValueError(
             f"the text {str(name)!r} has {len(documents)} documents or passages, too few to split: give at least "
-            f"{_EVERY} paragraphs separated by blank lines"
+            f"{_EVERY} paragraphs or lines"
         )
     return chosen
 
@@ -39,13 +45,18 @@ def load_text(name="wikipedia", split="validation"):
 def token_blocks(tokenizer, texts, length=512, limit=None):
     """Tokens of `texts`, an end-of-text token after each, cut into blocks that do not overlap: [blocks, length].
 
-    With `limit`, that many blocks, evenly spaced over the whole, so that a small sample still sees every document.
+    With `limit`, that many blocks, evenly spaced over the whole, so that a small sample still sees every document. Of a
+    text much longer than such a sample (`READ`) only evenly spaced passages are read.
 
     Raises ValueError if the text is shorter than the blocks asked for.
     """
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    tokens = torch.tensor([token for document in encoded for token in [*document, *eos]])
+    texts = texts if limit is None else _thinned(texts, max(READ[0], READ[1] * limit * length))
+    tokens = [torch.zeros(0, dtype=torch.long)]
+    for start in range(0, len(texts), 100):  # the tokens of all as Python's integers would take gigabytes
+        encoded = tokenizer(list(texts[start : start + 100]), add_special_tokens=False, verbose=False)["input_ids"]
+        tokens.append(torch.tensor([token for document in encoded for token in [*document, *eos]], dtype=torch.long))
+    tokens = torch.cat(tokens)
     count = len(tokens) // length
     if count < (limit or 1):
         raise ValueError(
@@ -58,6 +69,15 @@ def token_blocks(tokenizer, texts, length=512, limit=None):
     return blocks[torch.arange(limit) * count // limit]
 
 
+def _thinned(texts, characters):
+    """`texts`, or if they are longer than so many characters, evenly spaced passages of them."""
+    total = sum(map(len, texts))
+    if total <= characters:
+        return texts
+    starts = [(text, start) for text in texts for start in range(0, len(text), PASSAGE)]
+    return [text[start : start + PASSAGE] for text, start in starts[:: -(-total // characters)]]
+
+
 def drawn(blocks, count, seed):
     """`count` of the blocks (or all, if there are fewer), drawn by `seed`, in the order of the text."""
     return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:count].sort().values]
@@ -67,26 +87,30 @@ def _split_of(index):
     return {_VALIDATION: "validation", _CALIBRATION: "calibration"}.get(index % _EVERY, "train")
 
 
-@lru_cache(maxsize=2)
 def _documents(name):
     if name == "wikipedia":
         return _wikipedia()
-    path = Path(name)
-    if path.is_dir() and (files := sorted(path.glob("**/*.txt"))):
-        texts = [_read(file) for file in files]
+    path = find(name)
+    files = sorted(file for file in path.glob("**/*") if file.suffix in FILES) if path.is_dir() else [path]
+    if path.exists() and files:
+        texts = [text for file in files for text in _read(file)]
         return texts if len(texts) >= _EVERY else _passages("\n\n".join(texts))
-    if path.is_file():
-        return _passages(_read(path))
     return _hub(name)
 
 
 def _read(file):
+    """The documents of a file: each line of a JSONL file is one, a text file is one."""
     try:
-        return file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
+        lines = text.split("\n") if file.suffix == ".jsonl" else []
+        return [json.loads(line)["text"] for line in lines if line.strip()] if lines else [text]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not JSONL with a `text` in each line ({type(error).__name__}: {error})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it to UTF-8") from error
 
 
+@lru_cache(maxsize=1)
 def _wikipedia():
     """English Wikipedia as of the dump that gensim ships: articles only (no redirects), mark-up removed."""
     from gensim.corpora.wikicorpus import extract_pages, filter_wiki
@@ -100,17 +124,20 @@ def _wikipedia():
     return [text for text in tidy if text]
 
 
-def _passages(text, characters=4000):
-    """Whole paragraphs, gathered into passages of about `characters`, or shorter ones where the text is short."""
-    size = min(characters, len(text) // (2 * _EVERY))
+def _passages(text):
+    """Paragraphs, long ones line by line, gathered into passages of about `PASSAGE`, or shorter where the text is short."""
+    size = min(PASSAGE, len(text) // (2 * _EVERY))
     passages = [""]
     for paragraph in re.split(r"\n\s*\n", text):
-        if len(passages[-1]) > size:
-            passages.append("")
-        passages[-1] += paragraph.strip() + "\n\n"
+        lines = [paragraph.strip()] if len(paragraph) <= size else paragraph.strip().split("\n")
+        for line, end in zip(lines, [*["\n"] * (len(lines) - 1), "\n\n"]):
+            if len(passages[-1]) > size:
+                passages.append("")
+            passages[-1] += line + end
     return [passage for passage in passages if passage.strip()]
 
 
+@lru_cache(maxsize=2)
 def _hub(name):
     from datasets import load_dataset
 
@@ -119,6 +146,6 @@ def _hub(name):
         return [text for text in rows["text"] if text.strip()]
     except Exception as error:
         raise ValueError(
-            f"cannot load text from {name!r}: expected 'wikipedia', a .txt file, a folder with .txt files, or a hub "
-            f"data set with a `text` column ({type(error).__name__}: {shorten(str(error), 200)})"
+            f"cannot load text from {name!r}: expected 'wikipedia', a text or JSONL file, a folder with .txt, .md or "
+            f".jsonl files, or a hub data set with a `text` column ({type(error).__name__}: {shorten(str(error), 200)})"
         ) from error

@@ -10,7 +10,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 from safetensors.torch import load_model
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    __version__,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from .runs import write_whole
@@ -62,12 +70,16 @@ def train(
 ):
     """Train `model` in place on `tokens` tokens of `blocks` [blocks, length], in an order that only `seed` decides.
 
+    Returns the folder of this run: in `output_dir`, named by all that the result depends on, so that a changed run never
+    resumes from another's checkpoint.
+
     `loss`: as `LossTrainer` takes it; None is the LM loss. `optimizer`: None is AdamW on what requires a gradient.
     `validation` [blocks, length]: its perplexity is measured `evaluations` times, evenly spaced, and at the start.
-    `settings`: whatever else the result depends on; `arguments`: more of `TrainingArguments`.
+    `settings`: whatever else the result depends on, the loss included; `arguments`: more of `TrainingArguments`.
     `output_dir` gets `log.csv` (`training_log` reads it) and checkpoints, from which the same call resumes.
 
-    Raises ValueError if the tokens do not make a step, or a step is not a whole number of blocks.
+    Raises ValueError if the tokens do not make a step, a step is not a whole number of blocks, or several devices would
+    each take the tokens of a step.
     """
     length = blocks.shape[1]
     if tokens_per_step % length or tokens < tokens_per_step:
@@ -77,8 +89,8 @@ def train(
         )
     steps = tokens // tokens_per_step
     rates = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] if optimizer else []
-    settings = [rates, tokens, tokens_per_step, seed, evaluations, *settings, arguments]
-    checkpoints = Path(output_dir) / _fingerprint(model, blocks, settings)
+    settings = [rates, tokens, tokens_per_step, seed, evaluations, *settings, arguments, torch.__version__, __version__]
+    checkpoints = Path(output_dir) / fingerprint(model, blocks, validation, *settings)
     checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     every = max(1, steps // evaluations)
     set_seed(seed)
@@ -107,6 +119,9 @@ def train(
         optimizers=(optimizer, None),
         callbacks=[*callbacks, _SaveByTheClock()],
     )
+    devices = trainer.args.train_batch_size * trainer.args.world_size * length // tokens_per_step
+    if devices != 1:
+        raise ValueError(f"training runs on one device, not on {devices}: show it one only (CUDA_VISIBLE_DEVICES=0)")
     trainer.loss = loss
     trainer.remove_callback(PrinterCallback)
     state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else None
@@ -119,7 +134,8 @@ def train(
     log.insert(1, "tokens", log["step"] * tokens_per_step)
     write_whole(Path(output_dir) / "log.csv", log.to_csv(index=False))
     model.config.use_cache = True  # Trainer turned it off
-    return model.eval()
+    model.eval()
+    return checkpoints
 
 
 def training_log(output_dir):
@@ -136,12 +152,22 @@ def as_examples(blocks):
     return [{"input_ids": block, "labels": block} for block in blocks]
 
 
-def _fingerprint(model, blocks, settings):
-    """Names a training run by all it depends on, so that a changed run never resumes from another's checkpoint.
+def fingerprint(*things):
+    """Twelve digits that name models, tensors and what JSON can say by their content.
 
-    The weights count byte by byte: their sum would differ with the number of threads.
+    Weights count byte by byte: their sum would differ with the number of threads.
     """
-    digest = hashlib.sha256(json.dumps([settings, blocks.shape, model.config.to_dict()], default=str).encode())
-    for tensor in (blocks, *model.parameters()):
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    digest = hashlib.sha256()
+    for thing in things:
+        tensors, described = [], thing
+        if isinstance(thing, torch.Tensor):
+            tensors, described = [thing], None
+        elif isinstance(thing, torch.nn.Module):
+            tensors, described = (
+                list(thing.parameters()),
+                thing.config.to_dict() | {"_name_or_path": None},
+            )  # wherever it lies
+        digest.update(json.dumps([described, [(str(t.dtype), t.shape) for t in tensors]], default=str).encode())
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:12]

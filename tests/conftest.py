@@ -5,7 +5,13 @@ from contextlib import contextmanager
 import huggingface_hub
 import pytest
 import torch
+from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
+
+# pytest --hypothesis-profile=thorough for more, and other, examples than always the same
+settings.register_profile("same", max_examples=200, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=2000, deadline=None)
+settings.load_profile("same")
 
 SHAPES = {
     "gqa": {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "tie_word_embeddings": True},

@@ -3,13 +3,16 @@
 import pytest
 import torch
 from conftest import SHAPES, logits, tiny_llama
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dha_utils import HeadPlan, cache_bytes, fuse, head_similarity, plan_heads, plant_redundancy
+from dha_utils import HeadPlan, cache_bytes, fuse, head_similarity, plan_heads, plant_redundancy, to_llama
 from dha_utils.freedoms import apply_freedoms
 from dha_utils.fusion import spectral_layers
+from dha_utils.linear import with_omega
 from dha_utils.sensitivity import group_heads
-from dha_utils.spectral import as_planes, from_planes
+from dha_utils.spectral import as_planes, from_planes, key_and_query_planes, rope_hiding
+from dha_utils.statistics import EVERY
 
 
 @pytest.mark.parametrize("method", ["mean", "spectral"])
@@ -76,6 +79,46 @@ def test_spectral_beats_mean_pooling_on_its_own_metric(mha, blocks):
             assert 0 <= lost <= float((left * weight.real**2).sum()) * (1 + 1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("free", [True, False])
+def test_the_energy_that_a_fusion_loses_is_what_it_was_said_to_cost(mha, blocks, free):
+    """Measured token by token on the calibration text, from the fused weights, for keys and for values."""
+    layers = spectral_layers(mha, blocks, free)
+    mha.set_attn_implementation("eager")
+    output = mha(blocks, output_attentions=True, output_hidden_states=True)
+    hidden = rope_hiding(mha.model.rotary_emb)
+    for index, (layer, spectral) in enumerate(zip(mha.model.layers, layers)):
+        attention, group = layer.self_attn, [0, 2, 3]
+        x = layer.input_layernorm(output.hidden_states[index]).double()
+        weights = output.attentions[index].double()[:, :, (x.shape[1] - 1) % EVERY :: EVERY]
+        averaged = weights @ x[:, None]  # [blocks, heads, queries, hidden]: what the heads really average
+
+        key, query, planes = spectral.fuse_keys(group)
+        shared = as_planes(key, 12)[0]
+        own_keys, own_queries = key_and_query_planes(attention)
+        ratio = as_planes(query, 12)[..., 0] / own_queries[group, 0][:, planes, 0]  # [g, d/2]: how queries were turned
+        lost = 0.0
+        for plane in range(6):
+            for place, head in enumerate(group):
+                left = own_keys[head, plane] - (ratio[place].conj()[:, None] * shared)[planes == plane].sum(0)
+                error, mean = (states.to(left.dtype) @ left for states in (x, averaged))
+                seen = (weights * error.abs().square()[:, None, None]).sum(-1).mean()
+                covariance = seen - hidden[plane] * mean.abs().square().mean()
+                lost += float(spectral.query_weight[head, plane] ** 2 * covariance)
+        assert lost == pytest.approx(spectral.key_cost(group)[0], rel=1e-5)
+
+        value, columns = spectral.fuse_values(group)
+        before = (
+            attention.v_proj.weight.double().unflatten(0, (4, 12)),
+            attention.o_proj.weight.double().unflatten(1, (4, 12)),
+        )
+        lost = 0.0
+        for place, head in enumerate(group):
+            left = before[1][:, head] @ before[0][head] - columns[:, place * 12 : place * 12 + 12] @ value
+            lost += float((averaged @ left.T).square().sum(-1).mean())
+        assert lost == pytest.approx(spectral.value_cost(group)[0], rel=1e-5)
+
+
 def test_identical_heads_cost_nothing(mha, blocks):
     for layer in mha.model.layers:
         for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
@@ -130,6 +173,48 @@ def test_bad_requests_are_refused(mha, blocks):
         fuse(mha, HeadPlan.uniform(mha.config, 2, 2))
     with pytest.raises(ValueError, match="the plan is for 3 layers of 3 key-value heads"):
         fuse(mha, HeadPlan([[[0, 1, 2]]] * 3, [[[0, 1, 2]]] * 3), blocks)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_plain_llama_of_a_uniform_plan(shape, blocks, tmp_path):
+    source = tiny_llama(**SHAPES[shape])
+    heads = source.config.num_key_value_heads
+    kept = 2 if heads == 4 else 1
+    groups = [[0, 2], [1, 3]] if heads == 4 else [list(range(heads))]  # not neighbours: query heads change places
+    values = groups[::-1]  # the same groups, counted otherwise
+    for plan in (HeadPlan.uniform(source.config, kept, kept), HeadPlan([groups] * 3, [values] * 3)):
+        fused = fuse(source, plan, blocks, free_frequencies=False)
+        plain = to_llama(fused)
+        assert type(plain) is LlamaForCausalLM and plain.config.num_key_value_heads == kept
+        assert torch.allclose(logits(plain, blocks), logits(fused, blocks), atol=1e-5)
+        assert cache_bytes(plain, 5) == cache_bytes(fused, 5)
+        plain.save_pretrained(tmp_path)
+        assert "dha" not in (tmp_path / "config.json").read_text()
+        assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path), blocks), logits(plain, blocks))
+
+
+def test_no_plain_llama_of_other_plans(mha, blocks):
+    uneven = [[0], [1, 2, 3]]
+    for plan, free in (
+        (HeadPlan.uniform(mha.config, 2, 1), False),
+        (HeadPlan([uneven] * 3, [uneven] * 3), False),
+        (HeadPlan([[[0, 1], [2, 3]]] * 3, [[[0, 2], [1, 3]]] * 3), False),
+        (HeadPlan.uniform(mha.config, 2, 2), True),
+    ):
+        with pytest.raises(
+            ValueError, match="a plain LLaMA cannot hold this model: it has one number of key and value heads"
+        ):
+            to_llama(fuse(mha, plan, blocks, free_frequencies=free))
+
+
+def test_sources_that_are_no_plain_model_are_refused(mha, blocks):
+    plan = HeadPlan.uniform(mha.config, 2, 2)
+    adapted = get_peft_model(mha, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for source, made_of in ((adapted, "PeftModelForCausalLM"), (adapted.base_model.model, "Linear")):
+        for convert in (lambda: fuse(source, plan, blocks), lambda: head_similarity(source), lambda: with_omega(source)):  # noqa: B023
+            with pytest.raises(ValueError, match=f"made of {made_of}: give a plain LlamaForCausalLM, adapters merged"):
+                convert()
+    fuse(adapted.merge_and_unload(), plan, blocks)
 
 
 def test_partition_costs_fall_with_heads(mha, blocks):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dha_utils import HeadPlan, cache_bytes, fuse, perplexity, plan_heads
-from dha_utils.allocation import ALLOCATIONS, heads_for_budget, heads_for_increase, knapsack
+from dha_utils.allocation import ALLOCATIONS, heads_for_budget, heads_for_increase, knapsack, wished_heads
 from dha_utils.evaluation import log_probabilities, token_losses
 from dha_utils.fusion import spectral_layers
 from dha_utils.grouping import _agglomerate, best_partitions, pairwise_cost
@@ -168,12 +168,23 @@ def test_the_smallest_plan_within_an_increase_is_found(mha, blocks, caplog):
 
     increases = {heads: increase(heads) for heads in range(6, 25)}
     for wish in (1e-3, 0.02, 0.2, 10.0):
-        found = heads_for_increase(mha, blocks, wish, counts)
+        found = heads_for_increase(mha, fitted, held_out, wish, counts)
         assert increases[found] <= wish and (found == 6 or increases[found - 1] > wish)
         assert f"{found} heads: the perplexity rises by {100 * increases[found]:.1f} %" in caplog.text
     assert plan_heads(mha, blocks, max_increase=10.0, allocation="cost").heads == 6
     with pytest.raises(ValueError, match="a share above 0, not -0.1"):
         plan_heads(mha, blocks, max_increase=-0.1)
+    with pytest.raises(ValueError, match="measured on blocks of its own"):
+        wished_heads(mha, blocks, counts, max_increase=0.1)
+
+
+@pytest.mark.parametrize("allocation", ["loss", "cost"])
+def test_an_increase_is_measured_on_blocks_that_nothing_else_has_seen(mha, blocks, allocation):
+    """Other text to measure on: the same groups and prices, so with the same number of heads the same plan."""
+    other = blocks.clone()
+    other[1::2] = torch.randint(0, 96, other[1::2].shape, generator=torch.Generator().manual_seed(9))
+    plans = [plan_heads(mha, text, max_increase=10.0, allocation=allocation) for text in (blocks, other)]
+    assert plans[0] == plans[1] == plan_heads(mha, blocks[0::2], plans[0].budget, allocation=allocation)
 
 
 @pytest.mark.parametrize("wishes", [{}, {"budget": 0.5, "max_increase": 0.1}, {"budget": 0.5, "cache_bytes": 500}])

@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import killed_at_step, logits
-from transformers import LlamaConfig, LlamaForCausalLM
+from conftest import killed_at_step, logits, tiny_llama
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from dha_utils import HeadPlan, fuse, pretrain, training
+from dha_utils import HeadPlan, fuse, pretrain, save_checkpoint, training
 from dha_utils.evaluation import perplexity, scored_tokens, token_losses
-from dha_utils.runs import append_rows, has_row, open_run, record_metrics, require, rows_with, save_model, write_whole
+from dha_utils.runs import append_rows, has_row, record_metrics, require, rows_with, write_run, write_whole
 from dha_utils.training import training_log
 
 
@@ -97,10 +97,59 @@ def test_interrupted_training_ends_where_a_whole_run_does(
     assert not changed(whole, run(tmp_path / "whole")) and training_log(tmp_path / "whole").equals(log)
 
 
-def test_a_changed_run_does_not_resume_from_another(mha, fused, blocks, tmp_path):
-    first = pretrain(fused, blocks, 128, tokens_per_step=64, output_dir=tmp_path)
-    second = pretrain(fused, blocks, 128, tokens_per_step=64, output_dir=tmp_path, seed=1)
-    assert changed(first, second)
+CHANGES = {
+    "nothing": {},
+    "model": {"model": 1},
+    "blocks": {"blocks": 1},
+    "tokens": {"tokens": 192},
+    "teacher": {"teacher": None},
+    "another teacher": {"teacher": 1},
+    "trainable": {"trainable": "all"},
+    "learning_rate": {"learning_rate": 1e-4},
+    "tokens_per_step": {"tokens_per_step": 32},
+    "seed": {"seed": 1},
+    "validation": {"validation": 1},
+    "no validation": {"validation": None},
+    "evaluations": {"evaluations": 1},
+    "lora": {"trainable": "lora"},
+    "lora_rank": {"trainable": "lora", "lora_rank": 4},
+}
+
+
+def test_each_argument_makes_another_run(mha, fused, blocks, tmp_path):
+    """In one folder, none resumes from another's checkpoint, or finds its log; the same call again finds its own."""
+    other = {"model": fuse(mha, HeadPlan.uniform(mha.config, 2, 1), method="mean"), "blocks": blocks.flip(0)}
+    other |= {"teacher": other["model"], "validation": blocks[2:4]}
+    settings = {"model": fused, "blocks": blocks, "tokens": 128, "teacher": mha, "validation": blocks[:2]}
+    settings |= {"tokens_per_step": 64, "output_dir": tmp_path, "evaluations": 2}
+    for change in [*CHANGES.values(), {}]:
+        changed = {name: other[name] if value == 1 and name in other else value for name, value in change.items()}
+        trained = pretrain(**settings | changed)
+        if (settings | changed)["validation"] is not None:
+            measured = perplexity(trained, (settings | changed)["validation"])
+            assert training_log(tmp_path)["perplexity"].iloc[-1] == pytest.approx(measured, rel=1e-4)
+    assert len([folder for folder in tmp_path.iterdir() if folder.is_dir()]) == len(CHANGES)
+
+
+def test_runs_are_named_by_content():
+    def name(**changes):
+        return training.fingerprint(tiny_llama(**{"num_attention_heads": 4} | changes), torch.arange(6), {"a": 1})
+
+    assert name() == name() != name(seed=1)
+    assert (
+        len({name(), name(num_attention_heads=2), training.fingerprint(torch.arange(6)), training.fingerprint({"a": 1})})
+        == 4
+    )
+    assert training.fingerprint(torch.arange(6)) != training.fingerprint(torch.arange(6).view(2, 3))
+
+
+def test_several_devices_are_refused(fused, blocks, tmp_path, monkeypatch):
+    """`Trainer` gives each device a batch: the tokens of a step would be counted once and trained twice."""
+    monkeypatch.setattr(TrainingArguments, "train_batch_size", property(lambda self: 2 * self.per_device_train_batch_size))
+    with pytest.raises(
+        ValueError, match=r"training runs on one device, not on 2: show it one only \(CUDA_VISIBLE_DEVICES=0\)"
+    ):
+        pretrain(fused, blocks, 128, tokens_per_step=64, output_dir=tmp_path)
 
 
 def test_the_number_of_threads_makes_no_other_run(blocks):
@@ -109,7 +158,7 @@ def test_the_number_of_threads_makes_no_other_run(blocks):
     try:
         for count in (1, 2, 3, 4):
             torch.set_num_threads(count)
-            names.add(training._fingerprint(model, blocks, []))
+            names.add(training.fingerprint(model, blocks))
     finally:
         torch.set_num_threads(threads)
     assert len(names) == 1
@@ -130,16 +179,16 @@ def test_perplexity_counts_its_tokens(mha, blocks):
 
 
 def test_run_folder_keeps_to_one_run(tmp_path):
-    run = open_run(tmp_path / "run", model="a", budget=0.5)
-    assert open_run(tmp_path / "run", model="a", budget=0.5) == run
+    run = write_run(tmp_path / "run", {"model": "a", "budget": 0.5})
+    assert write_run(tmp_path / "run", {"model": "a", "budget": 0.5}) == run
     with pytest.raises(ValueError, match="holds a run with model 'a', not 'b': choose another run_dir"):
-        open_run(tmp_path / "run", model="b", budget=0.5)
+        write_run(tmp_path / "run", {"model": "b", "budget": 0.5})
     with pytest.raises(ValueError, match="run 02_head_clusters first"):
         require(run, "plan.json", "02_head_clusters")
     (tmp_path / "other").mkdir()
     write_whole(tmp_path / "other" / "thesis.txt", "precious")
     with pytest.raises(ValueError, match="something else than a run"):
-        open_run(tmp_path / "other", model="a")
+        write_run(tmp_path / "other", {"model": "a"})
     assert (tmp_path / "other" / "thesis.txt").read_text() == "precious"
 
 
@@ -171,6 +220,6 @@ def test_a_model_is_replaced_whole(fused, tmp_path):
             (path / "tokenizer.json").write_text("{}")
 
     for _ in range(2):
-        save_model(fused, Tokenizer(), tmp_path / "model")
+        save_checkpoint(fused, Tokenizer(), tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     shutil.rmtree(tmp_path / "model")

@@ -12,6 +12,7 @@ import nbformat
 import pytest
 import yaml
 from gensim.test.utils import datapath
+from packaging.requirements import Requirement
 
 from dha_utils.checkpoints import SMOLLM2_SHA256
 
@@ -69,6 +70,14 @@ def test_environment_yml_is_in_step_with_pyproject():
     [pip] = [entry["pip"] for entry in environment if isinstance(entry, dict)]
     assert pip == [*project["dependencies"], "-c constraints.txt", "-e ."]
     assert f"python{project['requires-python']}" in environment
+
+
+def test_both_ends_of_the_range_of_transformers_are_tested():
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    [transformers] = [Requirement(line) for line in dependencies if line.startswith("transformers")]
+    ends = dict(re.findall(r"^(OLDEST|NEWEST) := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    oldest, newest = (version.split(".") for version in (ends["OLDEST"], ends["NEWEST"]))
+    assert str(transformers.specifier) == f"<{newest[0]}.{int(newest[1]) + 1},>={oldest[0]}.{oldest[1]}"
 
 
 def test_every_dependency_is_pinned():

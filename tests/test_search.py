@@ -107,3 +107,11 @@ def test_both_ways_give_a_head_plan(mha, blocks, tmp_path):
     assert isinstance(plan, HeadPlan) and plan.heads == 12
     with pytest.raises(ValueError, match="no grouping 'kmeans': choose one of annealing, search"):
         score_partitions(history[2], 4, "kmeans")
+
+
+def test_runs_in_one_folder_keep_their_own_scores(mha, blocks, tmp_path):
+    def run(seed):
+        return search_scores(mha, blocks, 4, tokens_per_step=32, seed=seed, snapshots=2, output_dir=tmp_path)[4]["key"]
+
+    first, second = run(0), run(1)
+    assert not torch.equal(first, second) and torch.equal(run(0), first)

@@ -1,10 +1,12 @@
 """Where text and models come from, and what is said when they do not."""
 
 import json
+import re
 
 import pytest
 import torch
 from conftest import tiny_llama
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
@@ -52,6 +54,65 @@ def test_text_files_and_folders(tmp_path):
         assert len(together) < 1.1 * sum(map(len, paragraphs))
 
 
+def test_lines_without_blank_lines_are_passages(tmp_path):
+    sentences = [f"Sentence {i} of many, one a line." for i in range(500)]
+    (tmp_path / "lines.txt").write_text("A title\n\n" + "\n".join(sentences))
+    splits = [load_text(tmp_path / "lines.txt", split) for split in SPLITS]
+    together = "".join(text for texts in splits for text in texts)
+    assert all(splits) and all(together.count(sentence) == 1 for sentence in sentences)
+
+
+def test_jsonl_and_markdown(tmp_path):
+    texts = [f"Document {i}.\u2028Its second line" for i in range(30)]
+    (tmp_path / "many.jsonl").write_text(
+        "\n".join(json.dumps({"id": 1, "text": text}, ensure_ascii=False) for text in texts)
+    )
+    assert sum((load_text(tmp_path / "many.jsonl", split) for split in SPLITS), []) == [
+        *(text for i, text in enumerate(texts) if i % 10 not in (0, 5)),
+        *texts[5::10],
+        *texts[0::10],
+    ]
+    (tmp_path / "notes").mkdir()
+    for i in range(12):
+        (tmp_path / "notes" / f"{i:02d}.md").write_text(f"# Note {i}")
+    assert load_text(tmp_path / "notes", "validation") == ["# Note 0", "# Note 10"]
+    (tmp_path / "bad.jsonl").write_text('{"content": "no text"}')
+    with pytest.raises(ValueError, match=r"bad.jsonl is not JSONL with a `text` in each line \(KeyError"):
+        load_text(tmp_path / "bad.jsonl")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "marked.txt").write_text("\n\n".join(["First words"] * 30), encoding="utf-8-sig")
+    assert load_text(tmp_path / "marked.txt", "validation")[0].startswith("First")
+
+
+def test_text_is_known_by_content_not_by_name(tmp_path, monkeypatch):
+    found = []
+    for folder, word in (("one", "old "), ("one", "new "), ("other", "far ")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        (tmp_path / folder / "text.txt").write_text("\n\n".join([word * 30] * 40))
+        found.append(load_text("text.txt")[0][:4])
+    assert found == ["old ", "new ", "far "]
+
+
+def test_of_a_long_text_a_sample_reads_what_it_needs(tokenizer, monkeypatch):
+    texts = [f"word{i} " * 50 for i in range(400)]
+    read = []
+
+    def count(texts, **settings):
+        read.append(sum(map(len, texts)))
+        return tokenizer(texts, **settings)
+
+    count.eos_token_id = tokenizer.eos_token_id
+    whole = token_blocks(count, texts, 16, 8)
+    monkeypatch.setattr("dha_utils.text.READ", (2000, 64))
+    sample = token_blocks(count, texts, 16, 8)
+    assert sum(read[-1:]) <= 1.1 * 64 * 8 * 16 < 0.1 * sum(read[:-1]) and sample.shape == whole.shape
+    shown = [int(number) for number in re.findall(r"word(\d+)", tokenizer.decode(sample.flatten()))]
+    assert min(shown) < 60 and max(shown) > 340, "from the whole of it"
+
+
 def test_bad_text_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="no split 'test'"):
         load_text("wikipedia", "test")
@@ -70,6 +131,37 @@ def test_unknown_text_is_refused():
         load_text("no/such-text")
 
 
+def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
+    tiny_llama(vocab_size=4096, num_attention_heads=4).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(ValueError, match=r"the tokenizer of .* has no vocabulary for this model \(it knows \d tokens"):
+        load_checkpoint(tmp_path)
+
+
+def test_adapters_and_quantised_checkpoints_are_refused(tmp_path):
+    model = tiny_llama(vocab_size=4096, num_attention_heads=4)
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    model.config.save_pretrained(tmp_path / "quantised")
+    with pytest.raises(ValueError, match="is quantised: give the checkpoint in float16, bfloat16 or float32"):
+        load_checkpoint(tmp_path / "quantised")
+    get_peft_model(tiny_llama(num_attention_heads=4), LoraConfig(target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "lora"
+    )
+    with pytest.raises(ValueError, match=r"holds adapters \(peft\): merge them into their model"):
+        load_checkpoint(tmp_path / "lora")
+
+
+def test_a_missing_tokenizer_library_is_one_sentence(tmp_path, monkeypatch):
+    def missing(*arguments, **settings):
+        raise ImportError("LlamaTokenizer requires the SentencePiece library but it was not found")
+
+    monkeypatch.setattr(checkpoints.AutoTokenizer, "from_pretrained", missing)
+    with pytest.raises(
+        ValueError, match="requires the SentencePiece library .* a tokenizer, and the library that reads it"
+    ):
+        load_checkpoint("wiki-mha")
+
+
 def test_unknown_and_foreign_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no checkpoint 'no-such-model'"):
         load_checkpoint("no-such-model")
@@ -79,7 +171,7 @@ def test_unknown_and_foreign_models_are_refused(tmp_path):
 
 
 def test_a_folder_is_loaded(tmp_path):
-    model = tiny_llama(num_attention_heads=4, num_key_value_heads=2, head_dim=12)
+    model = tiny_llama(vocab_size=4096, num_attention_heads=4, num_key_value_heads=2, head_dim=12)
     model.save_pretrained(tmp_path)
     load_checkpoint("wiki-mha")[1].save_pretrained(tmp_path)
     loaded, tokenizer = load_checkpoint(tmp_path)
@@ -88,7 +180,7 @@ def test_a_folder_is_loaded(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
-    tiny_llama(num_attention_heads=4).save_pretrained(tmp_path)
+    tiny_llama(vocab_size=4096, num_attention_heads=4).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     whole = load_file(weights)
 
@@ -96,7 +188,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             load_checkpoint(tmp_path)
 
-    refused("cannot be loaded .*: expected whole safetensors weights that fit config.json, and a tokenizer")
+    refused("cannot be loaded .*: expected whole safetensors weights that fit config.json, a tokenizer, and the library")
     load_checkpoint("wiki-mha")[1].save_pretrained(tmp_path)
     load_checkpoint(tmp_path)
     save_file({name: whole[name] for name in whole if ".1.self_attn." not in name}, weights, {"format": "pt"})

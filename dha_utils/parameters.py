@@ -1,0 +1,114 @@
+"""The parameters that the notebooks and `make run` share: looked at before anything is computed, then loaded."""
+
+import math
+from pathlib import Path
+
+from .allocation import budget_for_cache, heads_for_budget
+from .checkpoints import check_source, load_checkpoint
+from .fusion import METHODS
+from .pretraining import TRAINABLE
+from .runs import check_run, write_run
+from .text import SPLITS, load_text, token_blocks
+from .training import fingerprint
+
+
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_share(value):
+    return is_number(value) and 0 < value <= 1
+
+
+def whole(least):
+    return f"a whole number, at least {least}", lambda value: type(value) is int and value >= least
+
+
+def one_of(names):
+    return f"one of {', '.join(names)}", lambda value: value in names
+
+
+def optional(rule):
+    return f"{rule[0]}, or None", lambda value: value is None or rule[1](value)
+
+
+NAME = "a name or a path, in quotes", lambda value: isinstance(value, str | Path) and str(value).strip() != ""
+POSITIVE = "a number above 0", lambda value: is_number(value) and value > 0
+RULES = {  # what each parameter must be: in words, and as a test
+    "model": NAME,
+    "text": NAME,
+    "run_dir": NAME,
+    "budget": ("a number above 0 and at most 1, the share of the heads to keep", is_share),
+    "budgets": (
+        "a list of numbers above 0 and at most 1",
+        lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(map(is_share, value)),
+    ),
+    "cache_bytes": optional(whole(1)),
+    "max_increase": optional(POSITIVE),
+    "method": one_of(METHODS),
+    "trainable": one_of(TRAINABLE),
+    "seed": whole(0),
+    "length": whole(16),
+    "calibration_blocks": whole(4),
+    "validation_blocks": whole(1),
+    "search_steps": whole(1),
+    "fusion_tokens": whole(1),
+    "tokens": whole(1),
+    "evaluations": whole(1),
+    "learning_rate": POSITIVE,
+    "pooled_learning_rate": POSITIVE,
+}
+
+
+def check_parameters(**parameters):
+    """Raises ValueError that says of the first parameter that is of the wrong type or out of range what would be right."""
+    for name, value in parameters.items():
+        if name not in RULES:
+            raise ValueError(f"there is no parameter {name!r}: choose from {', '.join(RULES)}")
+        right, holds = RULES[name]
+        if not holds(value):
+            raise ValueError(f"{name} must be {right}, not {value!r} (papermill: -p reads numbers, -r leaves them text)")
+    for name in ("tokens", "fusion_tokens"):
+        if parameters.get(name, math.inf) < (length := parameters.get("length", 0)):
+            raise ValueError(f"{name} must be at least the length of a block, {length}, not {parameters[name]}")
+    if parameters.get("cache_bytes") is not None and parameters.get("max_increase") is not None:
+        raise ValueError("give cache_bytes or max_increase, not both: each says how many heads to keep")
+
+
+def load_inputs(run_dir, model, text, length, calibration_blocks, validation_blocks, **parameters):
+    """What every notebook starts from, looked at: (settings of the run, source, tokenizer, calibration, validation).
+
+    Nothing is written. A relative `run_dir` lies in the repository, a relative path of `model` or `text` here or there.
+
+    Raises ValueError if a parameter is wrong, the model or the text cannot be loaded or is too small, the wish cannot be
+    met, or `run_dir` holds a run with other settings.
+    """
+    blocks = {"length": length, "calibration_blocks": calibration_blocks, "validation_blocks": validation_blocks}
+    check_parameters(run_dir=run_dir, model=model, text=text, **blocks, **parameters)
+    shared = ("budget", "cache_bytes", "max_increase", "method", "seed")
+    settings = {"model": str(model), "text": str(text)} | {name: parameters.get(name) for name in shared} | blocks
+    check_run(run_dir, **settings)
+    source, tokenizer = load_checkpoint(model)
+    check_source(source)
+    if length > (context := source.config.max_position_embeddings):
+        raise ValueError(f"length must be at most the model's context, {context}, not {length}")
+    if settings["max_increase"] is None:
+        cache = settings["cache_bytes"]
+        heads_for_budget(source.config, settings["budget"] if cache is None else budget_for_cache(source, cache))
+    texts = {split: load_text(text, split) for split in SPLITS}
+    calibration = token_blocks(tokenizer, texts["train"], length, calibration_blocks)
+    validation = token_blocks(tokenizer, texts["validation"], length, validation_blocks)
+    if settings["max_increase"] is not None:
+        token_blocks(tokenizer, texts["calibration"], length, validation_blocks)
+    settings |= {"model_content": fingerprint(source), "text_content": fingerprint(texts)}
+    check_run(run_dir, **settings)
+    return settings, source, tokenizer, calibration, validation
+
+
+def open_run(run_dir, **parameters):
+    """(run folder, source model, tokenizer, calibration blocks, validation blocks) for the parameters of a notebook.
+
+    The folder is made if need be; it knows the model and the text by their content. Raises as `load_inputs` does.
+    """
+    settings, *inputs = load_inputs(run_dir, **parameters)
+    return write_run(run_dir, settings), *inputs

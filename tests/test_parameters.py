@@ -1,0 +1,195 @@
+"""The parameters of the notebooks and of `make run`: one sentence for what is wrong, before anything is computed."""
+
+import json
+import shutil
+
+import pytest
+from conftest import tiny_llama
+
+from dha_utils import HeadPlan, fuse, load_checkpoint, save_checkpoint
+from dha_utils.__main__ import DEFAULTS, main, typed
+from dha_utils.parameters import RULES, check_parameters, open_run
+from dha_utils.runs import leave, require, write_whole
+
+
+def refusal(*arguments):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    return exit.value.code  # a string: printed to stderr, exit status 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small checkpoint, a text, and things that are neither."""
+    path = tmp_path_factory.mktemp("my models")  # with a space
+    tokenizer = load_checkpoint("wiki-mha")[1]
+    settings = {"vocab_size": 4096, "num_attention_heads": 4, "head_dim": 8, "hidden_size": 32}
+    source = tiny_llama(**settings, num_key_value_heads=4)
+    save_checkpoint(source, tokenizer, path / "source")
+    save_checkpoint(tiny_llama(1, **settings, num_key_value_heads=4), tokenizer, path / "other")
+    save_checkpoint(fuse(source, HeadPlan.uniform(source.config, 2, 2), method="mean"), tokenizer, path / "fused")
+    (path / "text.txt").write_text("\n\n".join(f"Paragraph {i} says something else. " * 9 for i in range(90)))
+    (path / "short.txt").write_text("\n\n".join(f"Paragraph {i}, not much." for i in range(40)))
+    (path / "thesis").mkdir()
+    (path / "thesis" / "chapter.txt").write_text("years of work")
+    return path
+
+
+BLOCKS = {"length": 32, "calibration_blocks": 4, "validation_blocks": 2}
+SENTENCES = {
+    ("budget", "1.5"): "budget must be a number above 0 and at most 1, the share of the heads to keep, not 1.5",
+    ("budget", "0"): "budget must be a number above 0",
+    ("budget", "5%"): "budget must be a number above 0 and at most 1, the share of the heads to keep, not '5%'",
+    ("budget", "nan"): "budget must be a number",
+    ("budget", "0.1"): "a budget of 0.1 is 2 of 24 heads",
+    ("method", "gqa"): "method must be one of mean, spectral, not 'gqa'",
+    ("trainable", "heads"): "trainable must be one of attention, all, lora, not 'heads'",
+    ("seed", "-1"): "seed must be a whole number, at least 0, not -1",
+    ("length", "20k"): "length must be a whole number, at least 16, not '20k'",
+    ("length", "4096"): "length must be at most the model's context, 128, not 4096",
+    ("calibration_blocks", "2"): "calibration_blocks must be a whole number, at least 4, not 2",
+    ("calibration_blocks", "9999"): "block(s) of 32 need 319968: give more text",
+    ("tokens", "20"): "tokens must be at least the length of a block, 32, not 20",
+    ("tokens", "20k"): "tokens must be a whole number, at least 1, not '20k'",
+    ("learning_rate", "0"): "learning_rate must be a number above 0, not 0",
+    ("cache_bytes", "10"): "a cache of 10 bytes a token is too small",
+    ("cache_bytes", "1e3"): "cache_bytes must be a whole number, at least 1, or None, not 1000.0",
+    ("max_increase", "5%"): "max_increase must be a number above 0, or None, not '5%'",
+    ("model", "7"): "model must be a name or a path, in quotes, not 7 (papermill: -p reads numbers, -r leaves them text)",
+    ("model", "no-such-model"): "there is no checkpoint 'no-such-model'",
+    ("model", "FOLDER/fused"): "this is a 'dha' model already",
+    ("text", "FOLDER/short.txt"): "give more text",
+    ("text", "no/such-text"): "cannot load text from 'no/such-text'",
+    ("run_dir", "FOLDER/thesis"): "is a folder of something else than a run",
+    ("evaluation", "3"): "there is no parameter 'evaluation': choose from model",
+}
+
+
+@pytest.mark.parametrize(("name", "word"), SENTENCES)
+def test_each_wrong_parameter_gets_its_sentence(name, word, folder, tmp_path):
+    given = {"run_dir": tmp_path / "run", "model": folder / "source", "text": folder / "text.txt", "budget": "0.5"} | BLOCKS
+    given[name] = word.replace("FOLDER", str(folder))
+    words = [str(part) for pair in given.items() for part in ("-p", *pair)]
+    assert f"error: {SENTENCES[name, word]}" in refusal("check", *words) or SENTENCES[name, word] in refusal(
+        "check", *words
+    )
+    assert not (tmp_path / "run").exists() and (folder / "thesis" / "chapter.txt").is_file()
+
+
+def test_a_right_request_passes_and_writes_nothing(folder, tmp_path):
+    given = {"model": folder / "source", "text": folder / "text.txt", "run_dir": tmp_path / "run"} | BLOCKS
+    words = [str(part) for pair in given.items() for part in ("-p", *pair)]
+    main(["check", *words, "-p", "max_increase", "0.05", "-y", "budgets: [0.75, 0.5]"])
+    assert not (tmp_path / "run").exists()
+    assert "error: budgets must be a list of numbers" in refusal("check", *words, "-y", "budgets: [2]")
+    assert "give cache_bytes or max_increase, not both" in refusal(
+        "check", *words, "-p", "max_increase", "0.05", "-p", "cache_bytes", "192"
+    )
+
+
+def test_words_are_read_as_papermill_reads_them():
+    assert [typed(word) for word in ("3", "0.5", "1e-3", "None", "True", "20k", "5%")] == [
+        3,
+        0.5,
+        1e-3,
+        None,
+        True,
+        "20k",
+        "5%",
+    ]
+
+
+def test_every_default_of_check_has_a_rule():
+    check_parameters(**DEFAULTS)
+    assert DEFAULTS.keys() <= RULES.keys()
+
+
+def request(folder, run, **changes):
+    settings = {
+        "model": str(folder / "source"),
+        "text": str(folder / "text.txt"),
+        "budget": 0.5,
+        "method": "mean",
+        "seed": 0,
+    }
+    return open_run(run, **settings | BLOCKS | {"cache_bytes": None, "max_increase": None} | changes)
+
+
+CHANGES = {
+    "budget": 0.75,
+    "cache_bytes": 192,
+    "max_increase": 0.1,
+    "method": "spectral",
+    "seed": 1,
+    "length": 64,
+    "calibration_blocks": 5,
+    "validation_blocks": 1,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_with_another_wish_is_kept(name, folder, tmp_path):
+    request(folder, tmp_path / "run")
+    before = (tmp_path / "run" / "run.json").read_text()
+    with pytest.raises(ValueError, match=f"holds a run with {name} .*, not {CHANGES[name]!r}: choose another run_dir"):
+        request(folder, tmp_path / "run", **{name: CHANGES[name]})
+    request(folder, tmp_path / "run")
+    assert (tmp_path / "run" / "run.json").read_text() == before
+
+
+@pytest.mark.parametrize("changed", ["model", "text"])
+def test_a_run_knows_model_and_text_by_their_content(changed, folder, tmp_path):
+    for name in ("source", "other"):
+        shutil.copytree(folder / name, tmp_path / name)
+    shutil.copy(folder / "text.txt", tmp_path)
+    request(tmp_path, tmp_path / "run")
+    request(tmp_path, tmp_path / "run")
+    if changed == "model":
+        shutil.rmtree(tmp_path / "source")
+        (tmp_path / "other").rename(tmp_path / "source")
+    else:
+        (tmp_path / "text.txt").write_text((folder / "text.txt").read_text().replace("something", "anything"))
+    with pytest.raises(ValueError, match=f"holds a run with {changed}_content"):
+        request(tmp_path, tmp_path / "run")
+
+
+def test_paths_are_seen_from_here_or_from_the_repository(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    request(folder, tmp_path / "home", model="~/source", text="~/text.txt")
+    monkeypatch.chdir(folder)
+    request(folder, tmp_path / "here", model="source", text="text.txt")
+    monkeypatch.setattr("dha_utils.runs.ROOT", folder)
+    monkeypatch.chdir(tmp_path)
+    run, *_ = request(folder, "runs/there", model="source", text="text.txt")
+    assert run == folder / "runs" / "there" and (run / "run.json").is_file()
+    shutil.rmtree(folder / "runs")
+
+
+def test_what_is_left_of_another_plan_is_not_read(tmp_path):
+    """The chain run.json > sensitivities.csv > plan.json > model > recovered, as the notebooks leave it."""
+    write_whole(tmp_path / "run.json", "{}")
+    chain = ["sensitivities.csv", "plan.json", "model/config.json", "recovered/config.json"]
+    for name, source in zip(chain, ([], ["sensitivities.csv"], ["plan.json"], ["model"])):
+        write_whole(tmp_path / name, "{}")
+        leave(tmp_path, name.split("/")[0], *source)
+    for name in ("plan.json", "model", "recovered"):
+        assert require(tmp_path, name, "a notebook") == tmp_path / name
+    write_whole(tmp_path / "plan.json", json.dumps({"other": 1}))
+    leave(tmp_path, "plan.json", "sensitivities.csv")
+    require(tmp_path, "plan.json", "02_head_clusters")
+    with pytest.raises(ValueError, match="model in .* was made from another plan.json: run 03_head_fusion again"):
+        require(tmp_path, "model", "03_head_fusion")
+    with pytest.raises(
+        ValueError, match="recovered in .* was made from another plan.json: run 04_continued_pretraining again"
+    ):
+        require(tmp_path, "recovered", "04_continued_pretraining")
+    write_whole(tmp_path / "run.json", json.dumps({"cache_bytes": 3072}))
+    with pytest.raises(ValueError, match="plan.json in .* was made from another run.json: run 02_head_clusters again"):
+        require(tmp_path, "plan.json", "02_head_clusters")
+
+
+def test_the_table_needs_a_run(tmp_path, capsys):
+    assert "run notebooks 01 to 05 first" in refusal("table", "--run-dir", str(tmp_path))
+    write_whole(tmp_path / "metrics.csv", "stage,method,perplexity\nsource,source,9.0\n")
+    main(["table", "--run-dir", str(tmp_path)])
+    assert "source" in capsys.readouterr().out

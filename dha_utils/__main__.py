@@ -9,11 +9,10 @@ python -m dha_utils table --run-dir runs/NAME
 import argparse
 import sys
 
-import pandas as pd
 import yaml
 
 from .parameters import load_inputs
-from .runs import ROOT, require
+from .runs import ROOT, read_metrics
 
 # what the notebooks say where a command does not
 DEFAULTS = {
@@ -58,8 +57,7 @@ def main(command_line=None):
                 given |= yaml.safe_load(text)
             load_inputs(**DEFAULTS | given)
         else:
-            metrics = require(ROOT / arguments.run_dir, "metrics.csv", "notebooks 01 to 05")
-            print(pd.read_csv(metrics).round(3).to_string(index=False, na_rep=""))
+            print(read_metrics(ROOT / arguments.run_dir).round(3).to_string(index=False, na_rep=""))
     except ValueError as error:
         sys.exit(f"error: {error}")
 

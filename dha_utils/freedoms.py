@@ -63,8 +63,7 @@ def plant_redundancy(model, seed=0):
     for name, weight in weights.items():
         if ".k_proj." in name or ".v_proj." in name:
             weights[name] = weight.unflatten(0, (-1, attention.head_dim)).repeat_interleave(copies, 0).flatten(0, 1)
-    with torch.device(model.device):
-        planted = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    planted = AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(model.device)
     planted.load_state_dict(weights)
     return apply_freedoms(planted.eval(), seed)
 

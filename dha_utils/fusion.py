@@ -41,8 +41,8 @@ def fuse(model, plan, blocks=None, method="spectral", free_frequencies=True, lay
 
 def assemble(model, fused_layers):
     """The DHA model with the attention of `fused_layers`, one `FusedLayer` a layer, and all else from `model`."""
-    with torch.device(model.device):  # .to(dtype) would round RoPE's frequencies, too
-        fused = AutoModelForCausalLM.from_config(dha_config(model.config, fused_layers), dtype=model.dtype)
+    # Made as from_pretrained makes it: .to(dtype) would round RoPE's frequencies, a GPU would compute others
+    fused = AutoModelForCausalLM.from_config(dha_config(model.config, fused_layers), dtype=model.dtype).to(model.device)
     weights, own = model.state_dict(), fused.state_dict()
     weights = {name: weight for name, weight in weights.items() if name in own and ".self_attn." not in name}
     for i, layer in enumerate(fused_layers):
@@ -196,8 +196,7 @@ def to_llama(model):
         )
     own = ("model_type", "architectures", "key_head_map", "value_head_map", "key_frequencies", "source_num_key_value_heads")
     settings = {name: value for name, value in config.to_dict().items() if name not in own}
-    with torch.device(model.device):
-        llama = AutoModelForCausalLM.from_config(LlamaConfig(**settings), dtype=model.dtype)
+    llama = AutoModelForCausalLM.from_config(LlamaConfig(**settings), dtype=model.dtype).to(model.device)
     weights = model.state_dict()
     for index, (keys, values) in enumerate(maps):
         queries = sorted(range(len(keys)), key=keys.__getitem__)

@@ -121,8 +121,11 @@ def append_rows(path, rows):
         write_whole(path, table.to_csv(index=False, float_format=f"%{DIGITS}"))
 
 
-def record_metrics(run, stage, rows):
-    """Put `rows` (dictionaries) into metrics.csv as those of one stage, in the place of its earlier ones."""
+def record_metrics(run, stage, rows, *made_from):
+    """Put `rows` (dictionaries) into metrics.csv as those of one stage, in the place of its earlier ones.
+
+    `made_from`: the files of the run that they were measured on, as `leave` takes them.
+    """
     path = run / "metrics.csv"
     new = pd.DataFrame(rows)
     new.insert(0, "stage", stage)
@@ -130,3 +133,15 @@ def record_metrics(run, stage, rows):
         old = pd.read_csv(path)
         new = pd.concat([old[old["stage"] != stage], new])
     write_whole(path, new.to_csv(index=False))
+    leave(run, f"metrics.csv ({stage})", *made_from)
+
+
+def read_metrics(run):
+    """The table of metrics.csv. Raises ValueError if there is none, or what a stage was measured on has changed since."""
+    table = pd.read_csv(require(run, "metrics.csv", "notebooks 01 to 05"))
+    for stage in table["stage"].unique():
+        if changed := _changed(run, f"metrics.csv ({stage})"):
+            raise ValueError(
+                f"the {stage} rows of {run / 'metrics.csv'} were measured with another {changed}: run it again"
+            )
+    return table

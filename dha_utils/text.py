@@ -102,8 +102,9 @@ def _read(file):
     """The documents of a file: each line of a JSONL file is one, a text file is one."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-        lines = text.split("\n") if file.suffix == ".jsonl" else []
-        return [json.loads(line)["text"] for line in lines if line.strip()] if lines else [text]
+        if file.suffix != ".jsonl":
+            return [text]
+        return ["" + json.loads(line)["text"] for line in text.split("\n") if line.strip()]  # "" + refuses what is no text
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not JSONL with a `text` in each line ({type(error).__name__}: {error})") from error
     except UnicodeDecodeError as error:

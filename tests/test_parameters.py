@@ -9,7 +9,7 @@ from conftest import tiny_llama
 from dha_utils import HeadPlan, fuse, load_checkpoint, save_checkpoint
 from dha_utils.__main__ import DEFAULTS, main, typed
 from dha_utils.parameters import RULES, check_parameters, open_run
-from dha_utils.runs import leave, require, write_whole
+from dha_utils.runs import leave, record_metrics, require, write_whole
 
 
 def refusal(*arguments):
@@ -190,6 +190,11 @@ def test_what_is_left_of_another_plan_is_not_read(tmp_path):
 
 def test_the_table_needs_a_run(tmp_path, capsys):
     assert "run notebooks 01 to 05 first" in refusal("table", "--run-dir", str(tmp_path))
-    write_whole(tmp_path / "metrics.csv", "stage,method,perplexity\nsource,source,9.0\n")
+    write_whole(tmp_path / "run.json", "{}")
+    write_whole(tmp_path / "plan.json", "{}")
+    record_metrics(tmp_path, "source", [{"method": "source", "perplexity": 9.0}])
+    record_metrics(tmp_path, "untrained", [{"method": "mean", "perplexity": 99.0}], "plan.json")
     main(["table", "--run-dir", str(tmp_path)])
-    assert "source" in capsys.readouterr().out
+    assert "untrained" in capsys.readouterr().out
+    write_whole(tmp_path / "plan.json", json.dumps({"other": 1}))
+    assert "the untrained rows of" in refusal("table", "--run-dir", str(tmp_path))

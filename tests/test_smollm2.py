@@ -1,11 +1,14 @@
 """What must hold on smollm2-135m (`make test-slow`): 4,096 tokens to calibrate, 4,096 to validate, blocks of 512."""
 
+import copy
+
 import pytest
 import torch
 from conftest import logits
 
 from dha_utils import HeadPlan, fuse, load_checkpoint, load_text, perplexity, plant_redundancy, token_blocks
 from dha_utils.allocation import heads_for_budget, knapsack
+from dha_utils.checkpoints import cast_weights
 from dha_utils.fusion import spectral_layers
 from dha_utils.sensitivity import group_heads, loss_rises, plan_of_counts
 
@@ -43,3 +46,15 @@ def test_planted_redundancy_is_fused_back(checkpoint):
     assert plan.key_groups == plan.value_groups == [[[0, 1, 2], [3, 4, 5], [6, 7, 8]]] * 30
     fused = fuse(planted, plan, layers=layers)
     assert torch.allclose(logits(fused, validation[:1]), logits(model, validation[:1]), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_low_precision_source_is_fused_like_the_float32_one(checkpoint, dtype):
+    """Activations of layers 12 and 19 have squares beyond float16."""
+    model, calibration, validation = checkpoint
+    plan, text = HeadPlan.uniform(model.config, 2, 2), calibration[:2].view(1, 1024)
+    low = cast_weights(copy.deepcopy(model), dtype)
+    fused = fuse(low, plan, text)
+    assert all(weight.isfinite().all() for weight in fused.parameters())
+    expected = perplexity(fuse(model, plan, text), validation[:2])
+    assert perplexity(cast_weights(fused, torch.float32), validation[:2]) == pytest.approx(expected, rel=0.02)

@@ -76,9 +76,10 @@ def test_jsonl_and_markdown(tmp_path):
     for i in range(12):
         (tmp_path / "notes" / f"{i:02d}.md").write_text(f"# Note {i}")
     assert load_text(tmp_path / "notes", "validation") == ["# Note 0", "# Note 10"]
-    (tmp_path / "bad.jsonl").write_text('{"content": "no text"}')
-    with pytest.raises(ValueError, match=r"bad.jsonl is not JSONL with a `text` in each line \(KeyError"):
-        load_text(tmp_path / "bad.jsonl")
+    for line in ('{"content": "no text"}', '{"text": null}', '["text"]', "plain words"):
+        (tmp_path / "bad.jsonl").write_text(line)
+        with pytest.raises(ValueError, match="bad.jsonl is not JSONL with a `text` in each line"):
+            load_text(tmp_path / "bad.jsonl")
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

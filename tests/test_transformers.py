@@ -96,8 +96,10 @@ def test_every_way_to_generate_is_that_without_a_cache(mode, backend, blocks):
     model.set_attn_implementation(backend)
     one = mode in ("prompt lookup", "assisted by itself", "offloaded")  # these take one sequence, or a device
     prompt = blocks[:1, :7] if one else blocks[:2, :7]
-    if mode == "offloaded" and not torch.cuda.is_available():
-        pytest.skip("offloading needs an accelerator")
+    if mode == "offloaded":
+        if not torch.cuda.is_available():
+            pytest.skip("offloading needs an accelerator")
+        model, prompt = model.to("cuda"), prompt.to("cuda")
     mask = torch.ones_like(prompt)
     mask[0, :2] = 0 if len(prompt) > 1 else 1
     length = {"max_new_tokens": 10, "min_new_tokens": 10, "attention_mask": mask}

@@ -1,0 +1,51 @@
+"""The notebooks on checkpoints off the beaten track and with wrong parameters: what has no meaning is skipped, and said."""
+
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from conftest import tiny_llama
+
+from dha_utils import load_checkpoint, save_checkpoint
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+SIZES = {"text": "wikipedia", "length": 32, "calibration_blocks": 8, "validation_blocks": 4}
+OWN = {"02_head_clusters": {"search_steps": 4}}
+
+
+def execute(name, folder, **parameters):
+    output = folder / f"{name}.ipynb"
+    settings = SIZES | OWN.get(name, {}) | {"run_dir": str(folder / "run")} | parameters
+    papermill.execute_notebook(NOTEBOOKS / f"{name}.ipynb", output, settings, progress_bar=False, log_output=False)
+    cells = nbformat.read(output, as_version=4).cells
+    return "\n".join(str(cell.get("outputs", "")) for cell in cells)
+
+
+def checkpoint(folder, heads, key_value_heads):
+    shape = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads, "head_dim": 8, "hidden_size": 8 * heads}
+    model = tiny_llama(vocab_size=4096, num_hidden_layers=2, **shape)
+    save_checkpoint(model, load_checkpoint("wiki-mha")[1], folder / "model")
+    return str(folder / "model")
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_value_heads", "budget"),
+    [(4, 1, 1), (3, 3, 0.5), *(pytest.param(n, n, 0.5, marks=pytest.mark.slow) for n in (2, 5, 7, 13))],
+)
+def test_shapes_with_nothing_to_contrast(heads, key_value_heads, budget, tmp_path):
+    """One key-value head, and prime numbers of them without sharing, whose planted copies are all of one head."""
+    model = checkpoint(tmp_path, heads, key_value_heads)
+    first = execute("01_head_redundancy", tmp_path, model=model, budget=budget)
+    assert "there are no strangers to tell them from" in first
+    assert ("there is nothing to share" in first) == (key_value_heads == 1)
+    assert "key heads and" in execute("02_head_clusters", tmp_path, model=model, budget=budget)
+    assert (tmp_path / "run" / "plan.json").is_file()
+
+
+def test_a_wrong_parameter_is_one_sentence_in_the_notebook_too(tmp_path):
+    with pytest.raises(
+        papermill.PapermillExecutionError, match="ValueError: method must be one of mean, spectral, not 'gqa'"
+    ):
+        execute("01_head_redundancy", tmp_path, model="wiki-mha", budget=0.5, method="gqa")
+    assert not (tmp_path / "run").exists()

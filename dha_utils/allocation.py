@@ -45,6 +45,10 @@ def plan_heads(
 
     held_out = None
     if max_increase is not None:
+        if len(blocks) < 4:
+            raise ValueError(
+                f"an increase needs at least 4 calibration blocks, half of them to measure it, not {len(blocks)}"
+            )
         blocks, held_out, layers = blocks[0::2], blocks[1::2], None
 
     @cache

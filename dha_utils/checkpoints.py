@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import logging
 import shutil
 import subprocess
@@ -60,10 +61,10 @@ def load_checkpoint(name_or_path, dtype=torch.float32, device=None):
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{name!r} is quantised: give the checkpoint in float16, bfloat16 or float32")
     try:
-        weights = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        weights = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
         model, loaded = AutoModelForCausalLM.from_pretrained(source, **weights)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+    except (ImportError, KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(
             f"{name!r} cannot be loaded ({shorten(str(error), 200)}): expected whole safetensors weights that fit "
             "config.json, a tokenizer, and the library that reads it"
@@ -72,12 +73,14 @@ def load_checkpoint(name_or_path, dtype=torch.float32, device=None):
     if missing:
         raise ValueError(f"{name!r} lacks {len(missing)} weights that config.json asks for, the first is {missing[0]}")
     words = set(tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]) - {*tokenizer.all_special_ids}
-    if not words or max(words) >= config.vocab_size:
+    if not words or max(*words, tokenizer.eos_token_id or 0) >= config.vocab_size:
         raise ValueError(
             f"the tokenizer of {name!r} has no vocabulary for this model (it knows {len(tokenizer)} tokens, config.json "
             f"says {config.vocab_size}): put its tokenizer.json or tokenizer.model into the folder"
         )
-    model.checkpoint_dtype = config.dtype or model.dtype
+    model.checkpoint_dtype = model.dtype
+    if dtype not in ("auto", model.dtype):
+        cast_weights(model, dtype)
     return model.to(device or "cpu").eval(), tokenizer
 
 
@@ -93,6 +96,7 @@ def dtype_name(dtype):
 
 def cast_weights(model, dtype):
     """`model` with its weights in another dtype; unlike `.to(dtype)` it leaves RoPE's frequencies in float32."""
+    restore_frequencies(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
@@ -104,16 +108,20 @@ def save_checkpoint(model, tokenizer, path, dtype=None):
 
     `dtype`: None is that of the checkpoint that the model was made from (`served_dtype`).
 
-    Raises ValueError if the folder holds something else than a checkpoint.
+    Raises ValueError if the folder holds something else than a checkpoint of that kind.
     """
     path = Path(path).expanduser()
-    if path.exists() and not (path / "config.json").is_file():
-        raise ValueError(f"{path} is there and is no checkpoint: choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
+    if old.exists() and not path.exists():  # killed between the two renames below
+        old.rename(path)
+    if path.exists() and not _is_checkpoint(path, model.config.model_type):
+        raise ValueError(
+            f"{path} is there and holds other things than a {model.config.model_type} checkpoint: choose another folder"
+        )
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    dtype = dtype or served_dtype(model)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or served_dtype(model)
     own = model if dtype == model.dtype else cast_weights(copy.deepcopy(model), dtype)
     own.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -123,24 +131,36 @@ def save_checkpoint(model, tokenizer, path, dtype=None):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_source(model):
-    """Raises ValueError unless `model` is a plain LLaMA, whose heads are its own and whose weights can be multiplied.
+def _is_checkpoint(folder, model_type):
+    names = [entry.name for entry in folder.iterdir()]
+    known = (".json", ".safetensors", ".model", ".jinja")
+    if "config.json" not in names or not all(name.endswith(known) or name == "README.md" for name in names):
+        return False
+    return json.loads((folder / "config.json").read_text()).get("model_type") == model_type
 
-    RoPE frequencies that .half() or .bfloat16() rounded are computed again: `from_pretrained(dtype=…)` does not round them.
-    """
-    if model.config.model_type == "dha":
-        raise ValueError("this is a 'dha' model already: give the LLaMA checkpoint that it was made from")
-    layers = model.model.layers if isinstance(model, LlamaForCausalLM) else []
-    projections = [getattr(layer.self_attn, name) for layer in layers for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    if odd := {type(part).__name__ for part in projections or [model] if type(part) is not nn.Linear}:
-        raise ValueError(
-            f"this model is made of {', '.join(sorted(odd))}: give a plain LlamaForCausalLM, adapters merged "
-            "(merge_and_unload), weights not quantised"
-        )
+
+def restore_frequencies(model):
+    """Computes RoPE frequencies again that .half() or .bfloat16() rounded, as `from_pretrained(dtype=…)` does not."""
     rotary = model.model.rotary_emb
     if rotary.inv_freq.dtype.itemsize < 4:
         log.warning("RoPE frequencies in %s are computed again in float32", dtype_name(rotary.inv_freq.dtype))
         model.model.rotary_emb = type(rotary)(config=model.config).to(model.device)
+
+
+def check_source(model):
+    """Raises ValueError unless `model` is a plain LLaMA, whose heads are its own and whose weights can be multiplied."""
+    if model.config.model_type == "dha":
+        raise ValueError("this is a 'dha' model already: give the LLaMA checkpoint that it was made from")
+    layers = model.model.layers if isinstance(model, LlamaForCausalLM) else []
+    projections = [getattr(layer.self_attn, name) for layer in layers for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    odd = {type(part).__name__ for part in projections or [model] if type(part) is not nn.Linear}
+    odd |= {type(part).__name__ for part in model.modules() if type(part).__module__.split(".")[0] == "peft"}
+    if odd:
+        raise ValueError(
+            f"this model is made of {', '.join(sorted(odd))}: give a plain LlamaForCausalLM, adapters merged "
+            "(merge_and_unload), weights not quantised"
+        )
+    restore_frequencies(model)
 
 
 def _fetch_smollm2(target):

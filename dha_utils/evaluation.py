@@ -34,8 +34,8 @@ def log_probabilities(model, blocks, first_layer=0, hidden_states=None, every=1)
     With `every` n, only of each n-th of them, block[1::n]: with a large vocabulary the head costs as much as the layers.
     With `hidden_states` [blocks, length, hidden], what enters layer `first_layer`, the model runs from there on.
     """
-    layers = model.model.layers
-    model.model.layers = layers[first_layer:]
+    layers, training = model.model.layers, model.training
+    model.eval().model.layers = layers[first_layer:]
     try:
         for index, block in enumerate(blocks.to(model.device)):
             inputs = {"input_ids": block[None]} if hidden_states is None else {"inputs_embeds": hidden_states[[index]]}
@@ -43,6 +43,7 @@ def log_probabilities(model, blocks, first_layer=0, hidden_states=None, every=1)
             yield model(**inputs, use_cache=False, logits_to_keep=kept).logits[0].float().log_softmax(-1)
     finally:
         model.model.layers = layers
+        model.train(training)
 
 
 def perplexity(model, blocks):

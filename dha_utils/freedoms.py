@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import rotate_half
 
-from .checkpoints import check_source
+from .checkpoints import check_source, served_dtype
 from .fusion import fuse, to_llama
 from .grouping import HeadPlan
 from .spectral import as_planes, from_planes
@@ -65,6 +65,7 @@ def plant_redundancy(model, seed=0):
             weights[name] = weight.unflatten(0, (-1, attention.head_dim)).repeat_interleave(copies, 0).flatten(0, 1)
     planted = AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(model.device)
     planted.load_state_dict(weights)
+    planted.checkpoint_dtype = served_dtype(model)
     return apply_freedoms(planted.eval(), seed)
 
 

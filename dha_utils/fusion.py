@@ -184,6 +184,8 @@ def to_llama(model):
     query heads, in groups of one size, and standard RoPE planes: as from `fuse(model, HeadPlan.uniform(config, n, n),
     free_frequencies=False)`.
     """
+    if model.config.model_type != "dha":
+        raise ValueError(f"this is a {model.config.model_type!r} model: to_llama takes a DHA model")
     config, d = model.config, model.config.head_dim
     maps, kept = list(zip(config.key_head_map, config.value_head_map)), config.num_key_value_heads
     pairs = [Counter(zip(keys, values)) for keys, values in maps]  # (key head, value head): how many query heads

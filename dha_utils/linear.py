@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .checkpoints import cast_weights, check_source
+from .checkpoints import cast_weights, check_source, served_dtype
 from .evaluation import perplexity
 from .fusion import FusedLayer, assemble, check_plan, head_map, query_heads, weights_by_name
 from .statistics import with_bias
@@ -50,7 +50,8 @@ def with_omega(model, plan=None, per_dimension=True):
     Raises ValueError as `check_source` does.
     """
     check_source(model)
-    model = cast_weights(copy.deepcopy(model), torch.float32)
+    dtype, model = served_dtype(model), cast_weights(copy.deepcopy(model), torch.float32).requires_grad_(True)
+    model.checkpoint_dtype = dtype
     config = model.config
     for index, layer in enumerate(model.model.layers):
         attention = layer.self_attn

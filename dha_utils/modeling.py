@@ -28,7 +28,7 @@ from transformers.utils import TransformersKwargs
 
 # What a decoder layer hands to its attention beyond the named arguments. Anything else is refused: 5.24 renamed the cache,
 # and a signature that swallows what it does not know lost it without an error.
-KNOWN_ARGUMENTS = {*TransformersKwargs.__annotations__, "cache_position", "use_cache"}
+KNOWN_ARGUMENTS = {*TransformersKwargs.__annotations__, "cache_position", "token_type_ids", "use_cache"}
 
 
 @strict

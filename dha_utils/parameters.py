@@ -1,6 +1,5 @@
 """The parameters that the notebooks and `make run` share: looked at before anything is computed, then loaded."""
 
-import math
 from pathlib import Path
 
 from .allocation import budget_for_cache, heads_for_budget
@@ -13,7 +12,7 @@ from .training import fingerprint
 
 
 def is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def is_share(value):
@@ -47,7 +46,7 @@ RULES = {  # what each parameter must be: in words, and as a test
     "max_increase": optional(POSITIVE),
     "method": one_of(METHODS),
     "trainable": one_of(TRAINABLE),
-    "seed": whole(0),
+    "seed": ("a whole number from 0 to 4294967295", lambda value: type(value) is int and 0 <= value < 2**32),
     "length": whole(16),
     "calibration_blocks": whole(4),
     "validation_blocks": whole(1),
@@ -69,7 +68,8 @@ def check_parameters(**parameters):
         if not holds(value):
             raise ValueError(f"{name} must be {right}, not {value!r} (papermill: -p reads numbers, -r leaves them text)")
     for name in ("tokens", "fusion_tokens"):
-        if parameters.get(name, math.inf) < (length := parameters.get("length", 0)):
+        length = parameters.get("length", 0)
+        if parameters.get(name, length) < length:
             raise ValueError(f"{name} must be at least the length of a block, {length}, not {parameters[name]}")
     if parameters.get("cache_bytes") is not None and parameters.get("max_increase") is not None:
         raise ValueError("give cache_bytes or max_increase, not both: each says how many heads to keep")
@@ -98,6 +98,11 @@ def load_inputs(run_dir, model, text, length, calibration_blocks, validation_blo
     texts = {split: load_text(text, split) for split in SPLITS}
     calibration = token_blocks(tokenizer, texts["train"], length, calibration_blocks)
     validation = token_blocks(tokenizer, texts["validation"], length, validation_blocks)
+    highest = int(max(calibration.max(), validation.max()))
+    if highest >= (size := source.config.vocab_size):
+        raise ValueError(
+            f"the tokenizer of {model} gives token {highest}, the model knows {size}: they do not belong together"
+        )
     if settings["max_increase"] is not None:
         token_blocks(tokenizer, texts["calibration"], length, validation_blocks)
     settings |= {"model_content": fingerprint(source), "text_content": fingerprint(texts)}

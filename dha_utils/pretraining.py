@@ -75,6 +75,8 @@ def pretrain(
 def distillation(teacher):
     """KL(teacher ‖ model) in nats a token, as a loss for `train`."""
 
+    cast_weights(teacher, teacher.dtype).eval()  # its own dtype, exact frequencies, no dropout
+
     def loss(model, input_ids, step):
         logits = model(input_ids=input_ids, use_cache=False).logits.float()
         with torch.no_grad():

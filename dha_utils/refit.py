@@ -37,7 +37,7 @@ def refit(fused, source, blocks, epochs=2, learning_rate=2e-3, layer_epochs=1, l
     check_source(source)
     if len(blocks) < 4:
         raise ValueError(f"a refit needs at least 4 calibration blocks, to hold one out, not {len(blocks)}")
-    fused, random = copy.deepcopy(fused), torch.Generator().manual_seed(seed)
+    fused, random = copy.deepcopy(fused).requires_grad_(True), torch.Generator().manual_seed(seed)
     blocks = blocks.to(source.device)
     with torch.no_grad():
         theirs = source.model.embed_tokens(blocks).float()  # what enters the layer in the source …
@@ -48,7 +48,7 @@ def refit(fused, source, blocks, epochs=2, learning_rate=2e-3, layer_epochs=1, l
         for index, pair in enumerate(tqdm(list(zip(source.model.layers, fused.model.layers)), "refit", leave=False)):
             theirs_layer, layer = map(in_float32, pair)
             behind = {output: each_block(output, theirs_layer, theirs, turns) for output in (after_attention, after_layer)}
-            fit = LayerFit(layer, ours, behind, turns)
+            fit = LayerFit(layer, ours, behind, turns, fused.dtype)
             stages = {
                 "attention": fit.improve(after_attention, layer.self_attn, epochs, learning_rate, random),
                 "output": fit.solve_output(),
@@ -77,10 +77,13 @@ def after_layer(layer, hidden_states, turns):
 
 
 class LayerFit:
-    """A fused layer, the states [blocks, length, hidden] that enter it, and the streams {function: stream} to be met."""
+    """A fused layer, the states [blocks, length, hidden] that enter it, and the streams {function: stream} to be met.
 
-    def __init__(self, layer, states, streams, turns):
-        self.layer, self.states, self.streams, self.turns = layer, states, streams, turns
+    `dtype`: what the weights, here in float32, are kept in.
+    """
+
+    def __init__(self, layer, states, streams, turns, dtype=torch.float32):
+        self.layer, self.states, self.streams, self.turns, self.dtype = layer, states, streams, turns, dtype
         self.held_out = torch.arange(len(states)) % 4 == 3
         self.error = self.measured_error()
 
@@ -121,6 +124,8 @@ class LayerFit:
 
     def keep(self, part, weights):
         """Whether `part`, moved, has lowered the held-out error; if not, its `weights` from before are put back."""
+        for weight in part.parameters():  # as they are kept, so is their error
+            weight.data = weight.data.to(self.dtype).float()
         after = self.measured_error()
         if after < self.error:
             self.error = after

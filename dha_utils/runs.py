@@ -14,8 +14,16 @@ DIGITS = ".6g"  # of the numbers in the CSVs
 
 def find(name):
     """The path of a file or folder, there or not: a relative one as seen from here, or else from the repository."""
-    path = Path(name).expanduser()
+    path = expand(name)
     return path if path.exists() else ROOT / path
+
+
+def expand(name):
+    """A path with ~ for a home folder written out."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"there is no {name}: {error}") from error
 
 
 def check_run(run_dir, **settings):
@@ -25,14 +33,16 @@ def check_run(run_dir, **settings):
 
     Raises ValueError if the folder holds a run with other settings, or other things than a run.
     """
-    path = ROOT / Path(run_dir).expanduser()
+    path = ROOT / expand(run_dir)
     if (path / "run.json").is_file():
-        stored = json.loads((path / "run.json").read_text())
+        stored = _read_json(path / "run.json")
         changed = [name for name in settings if stored.get(name) != settings[name]]
         if changed:
-            differences = ", ".join(f"{name} {stored.get(name)!r}, not {settings[name]!r}" for name in changed)
+            said = {name: f"{name} {stored.get(name)!r}, not {settings[name]!r}" for name in changed}
+            said |= {name: f"a {name[:5].strip('_')} of other content" for name in changed if name.endswith("_content")}
+            differences = ", ".join(said.values())
             raise ValueError(f"{run_dir} holds a run with {differences}: choose another run_dir, or delete that folder")
-    elif path.is_dir() and any(entry.suffix != ".ipynb" for entry in path.iterdir()):
+    elif path.is_dir() and any(entry.suffix != ".ipynb" and entry.name[0] != "." for entry in path.iterdir()):
         raise ValueError(f"{run_dir} is a folder of something else than a run: choose another run_dir")
     return path
 
@@ -58,13 +68,22 @@ def require(run, name, notebook):
     """
     if not (run / name).exists():
         raise ValueError(f"there is no {name} in {run}: run {notebook} first, with the same run_dir")
+    if name not in _made(run):
+        raise ValueError(f"{name} in {run} is not left by a finished notebook: run {notebook} again")
     if changed := _changed(run, name):
         raise ValueError(f"{name} in {run} was made from another {changed}: run {notebook} again")
     return run / name
 
 
 def _made(run):
-    return json.loads((run / "made.json").read_text()) if (run / "made.json").is_file() else {}
+    return _read_json(run / "made.json") if (run / "made.json").is_file() else {}
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete that folder, or choose another run_dir") from error
 
 
 def _changed(run, name):
@@ -81,7 +100,7 @@ def _content(path):
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
-        if file.is_file():
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path.parent).parts):
             digest.update(str(file.relative_to(path.parent)).encode())
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
@@ -134,13 +153,14 @@ def record_metrics(run, stage, rows, *made_from):
         new = pd.concat([old[old["stage"] != stage], new])
     write_whole(path, new.to_csv(index=False))
     leave(run, f"metrics.csv ({stage})", *made_from)
+    leave(run, "metrics.csv")
 
 
 def read_metrics(run):
     """The table of metrics.csv. Raises ValueError if there is none, or what a stage was measured on has changed since."""
     table = pd.read_csv(require(run, "metrics.csv", "notebooks 01 to 05"))
     for stage in table["stage"].unique():
-        if changed := _changed(run, f"metrics.csv ({stage})"):
+        if changed := _changed(run, f"metrics.csv ({stage})"):  # the rows are written before that is noted
             raise ValueError(
                 f"the {stage} rows of {run / 'metrics.csv'} were measured with another {changed}: run it again"
             )

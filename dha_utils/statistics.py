@@ -30,15 +30,15 @@ class LayerStatistics:
 
 @contextmanager
 def attention_backend(name, *models):
-    """The `models` compute their attention by transformers' backend `name`, for the time of a `with` block."""
-    before = [model.config._attn_implementation for model in models]
+    """The `models` compute their attention by transformers' backend `name`, without dropout, in a `with` block."""
+    before = [(model.config._attn_implementation, model.training) for model in models]
     for model in models:
-        model.set_attn_implementation(name)
+        model.eval().set_attn_implementation(name)
     try:
         yield
     finally:
-        for model, own in zip(models, before):
-            model.set_attn_implementation(own)
+        for model, (own, training) in zip(models, before):
+            model.train(training).set_attn_implementation(own)
 
 
 @torch.no_grad()

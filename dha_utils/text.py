@@ -2,6 +2,7 @@
 
 import bz2
 import json
+import random
 import re
 from functools import lru_cache
 from textwrap import shorten
@@ -13,7 +14,8 @@ from .runs import find
 SPLITS = ("train", "calibration", "validation")
 # Of every ten documents, in the order of the source, the first is for validation and the sixth for calibration.
 _EVERY, _VALIDATION, _CALIBRATION = 10, 0, 5
-FILES = (".txt", ".md", ".jsonl")
+FILES = (".txt", ".md", ".jsonl", ".json")
+TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 PASSAGE = 4000  # characters
 READ = 4_000_000, 64  # characters: a sample of blocks is taken from so many, or from so many for each of its tokens
 
@@ -46,7 +48,7 @@ def token_blocks(tokenizer, texts, length=512, limit=None):
     """Tokens of `texts`, an end-of-text token after each, cut into blocks that do not overlap: [blocks, length].
 
     With `limit`, that many blocks, evenly spaced over the whole, so that a small sample still sees every document. Of a
-    text much longer than such a sample (`READ`) only evenly spaced passages are read.
+    text much longer than such a sample (`READ`) only passages drawn from all of it, always the same, are read.
 
     Raises ValueError if the text is shorter than the blocks asked for.
     """
@@ -70,12 +72,17 @@ def token_blocks(tokenizer, texts, length=512, limit=None):
 
 
 def _thinned(texts, characters):
-    """`texts`, or if they are longer than so many characters, evenly spaced passages of them."""
-    total = sum(map(len, texts))
-    if total <= characters:
+    """`texts`, or if they are longer than so many characters, passages of them: drawn, since a text may have a period."""
+    if sum(map(len, texts)) <= characters:
         return texts
-    starts = [(text, start) for text in texts for start in range(0, len(text), PASSAGE)]
-    return [text[start : start + PASSAGE] for text, start in starts[:: -(-total // characters)]]
+    starts = [(index, start) for index, text in enumerate(texts) for start in range(0, len(text), PASSAGE)]
+    chosen = []
+    for index, start in random.Random(0).sample(starts, len(starts)):
+        if characters <= 0:
+            break
+        chosen.append((index, start))
+        characters -= len(texts[index][start : start + PASSAGE])
+    return [texts[index][start : start + PASSAGE] for index, start in sorted(chosen)]
 
 
 def drawn(blocks, count, seed):
@@ -91,18 +98,21 @@ def _documents(name):
     if name == "wikipedia":
         return _wikipedia()
     path = find(name)
-    files = sorted(file for file in path.glob("**/*") if file.suffix in FILES) if path.is_dir() else [path]
-    if path.exists() and files:
-        texts = [text for file in files for text in _read(file)]
+    inside = path.glob("**/*") if path.is_dir() else [path]
+    files = sorted(file for file in inside if file.is_file() and (file.suffix.lower() in FILES or file == path))
+    if files:
+        texts = [text for file in files for text in _read(file) if text.strip()]
         return texts if len(texts) >= _EVERY else _passages("\n\n".join(texts))
     return _hub(name)
 
 
 def _read(file):
     """The documents of a file: each line of a JSONL file is one, a text file is one."""
+    if file.suffix.lower() in TABLES:
+        raise ValueError(f"{file} is a table: give its text as JSONL with a `text` in each line, or as .txt")
     try:
         text = file.read_text(encoding="utf-8-sig")
-        if file.suffix != ".jsonl":
+        if file.suffix.lower() not in (".jsonl", ".json"):
             return [text]
         return ["" + json.loads(line)["text"] for line in text.split("\n") if line.strip()]  # "" + refuses what is no text
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -144,7 +154,7 @@ def _hub(name):
 
     try:
         rows = load_dataset(name, split="train")
-        return [text for text in rows["text"] if text.strip()]
+        return [text for text in rows["text"] if text and text.strip()]
     except Exception as error:
         raise ValueError(
             f"cannot load text from {name!r}: expected 'wikipedia', a text or JSONL file, a folder with .txt, .md or "

@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .runs import write_whole
 
+NO_CONTENT = ("_name_or_path", "transformers_version", "use_cache")  # of a config
 SAVE_SECONDS = 300  # what an interruption costs at most
 
 
@@ -163,10 +164,8 @@ def fingerprint(*things):
         if isinstance(thing, torch.Tensor):
             tensors, described = [thing], None
         elif isinstance(thing, torch.nn.Module):
-            tensors, described = (
-                list(thing.parameters()),
-                thing.config.to_dict() | {"_name_or_path": None},
-            )  # wherever it lies
+            tensors = list(thing.parameters())
+            described = {name: value for name, value in thing.config.to_dict().items() if name not in NO_CONTENT}
         digest.update(json.dumps([described, [(str(t.dtype), t.shape) for t in tensors]], default=str).encode())
         for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -1,11 +1,23 @@
 """Nothing depends on the dtype, the attention backend or the device that a model happens to be in."""
 
+import json
+
 import pytest
 import torch
 from conftest import SHAPES, logits, tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from dha_utils import HeadPlan, cache_bytes, fuse, head_similarity, load_checkpoint, plan_heads, pretrain, save_checkpoint
+from dha_utils import (
+    HeadPlan,
+    cache_bytes,
+    fuse,
+    head_similarity,
+    load_checkpoint,
+    plan_heads,
+    plant_redundancy,
+    pretrain,
+    save_checkpoint,
+)
 from dha_utils.checkpoints import cast_weights, served_dtype
 from dha_utils.evaluation import bytes_per_token, perplexity
 from dha_utils.freedoms import apply_freedoms
@@ -13,6 +25,7 @@ from dha_utils.fusion import spectral_layers
 from dha_utils.linear import learn_fusion
 from dha_utils.redundancy import METRICS
 from dha_utils.refit import refit
+from dha_utils.runs import write_whole
 from dha_utils.statistics import collect_statistics
 
 LOW = (torch.bfloat16, torch.float16)
@@ -162,9 +175,77 @@ def test_a_checkpoint_keeps_its_dtype(blocks, tmp_path):
 def test_a_folder_of_something_else_is_not_replaced(mha, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="thesis is there and is no checkpoint: choose another folder"):
+    with pytest.raises(ValueError, match="thesis is there and holds other things than a llama checkpoint"):
         save_checkpoint(mha, load_checkpoint("wiki-mha")[1], tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def test_a_source_is_not_replaced_by_what_is_made_of_it(mha, blocks, tmp_path):
+    tokenizer = load_checkpoint("wiki-mha")[1]
+    save_checkpoint(mha, tokenizer, tmp_path / "model")
+    fused = fuse(mha, half_plan(mha), blocks)
+    with pytest.raises(ValueError, match="holds other things than a dha checkpoint: choose another folder"):
+        save_checkpoint(fused, tokenizer, tmp_path / "model")
+    write_whole(tmp_path / "model" / "thesis.txt", "years of work")
+    with pytest.raises(ValueError, match="holds other things than a llama checkpoint"):
+        save_checkpoint(mha, tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "thesis.txt").unlink()
+    (tmp_path / "model").rename(tmp_path / ".model.old")  # killed between the two renames
+    save_checkpoint(mha, tokenizer, tmp_path / "model", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").dtype == torch.float16
+
+
+def test_the_dtype_is_that_of_the_weights_where_the_config_has_none(tmp_path):
+    model = tiny_llama(vocab_size=4096, num_attention_heads=4).to(torch.bfloat16)
+    save_checkpoint(model, load_checkpoint("wiki-mha")[1], tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    write_whole(tmp_path / "model" / "config.json", json.dumps({k: v for k, v in config.items() if k != "dtype"}))
+    loaded, _ = load_checkpoint(tmp_path / "model")
+    assert served_dtype(loaded) == torch.bfloat16 and loaded.dtype == torch.float32
+
+
+def test_training_and_planting_keep_the_served_dtype_and_exact_frequencies(gqa, blocks, tmp_path):
+    low = gqa.bfloat16()
+    assert low.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    trained = pretrain(low, blocks, 64, tokens_per_step=32, output_dir=tmp_path)
+    assert trained.dtype == torch.bfloat16 and trained.model.rotary_emb.inv_freq.dtype == torch.float32
+    learned = learn_fusion(low, half_plan(low), blocks, 64, tokens_per_step=32, output_dir=tmp_path)
+    planted = plant_redundancy(low)
+    for model in (trained, learned, planted):
+        assert served_dtype(model) == torch.bfloat16
+    high = cast_weights(low, torch.float32)
+    high.checkpoint_dtype = torch.bfloat16  # as from load_checkpoint
+    for model in (
+        plant_redundancy(high),
+        learn_fusion(high, half_plan(high), blocks, 64, tokens_per_step=32, output_dir=tmp_path),
+    ):
+        assert model.dtype == torch.float32 and served_dtype(model) == torch.bfloat16
+
+
+def test_the_errors_of_a_low_precision_refit_are_those_of_what_is_returned(mha, tmp_path):
+    blocks = torch.randint(0, 96, (16, 32), generator=torch.Generator().manual_seed(3))
+    source = cast_weights(mha, torch.bfloat16)
+    refitted, errors = refit(fuse(source, half_plan(source), blocks), source, blocks)
+    again = refit(refitted, source, blocks, epochs=0, layer_epochs=0)[1]
+    assert again["before"].unstack()["attention"].tolist() == pytest.approx(
+        errors["after"].unstack()["layer"].tolist(), rel=1e-4
+    )
+
+
+def test_dropout_of_a_model_in_training_mode_reaches_no_measurement(blocks):
+    source = tiny_llama(num_attention_heads=4, attention_dropout=0.3).train()
+    fused = [fuse(source, half_plan(source), blocks) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(fused[0].parameters(), fused[1].parameters()))
+    assert perplexity(source, blocks) == perplexity(source, blocks) and source.training
+
+
+def test_frozen_models_are_refitted_and_learned_all_the_same(mha, blocks, tmp_path):
+    frozen = mha.requires_grad_(False)
+    fused = fuse(frozen, half_plan(frozen), blocks).requires_grad_(False)
+    assert refit(fused, frozen, blocks)[1]["kept"].any()
+    learned = learn_fusion(frozen, half_plan(frozen), blocks, 64, tokens_per_step=32, output_dir=tmp_path)
+    assert not torch.equal(learned.model.embed_tokens.weight, frozen.model.embed_tokens.weight)
 
 
 def test_freedoms_are_drawn_for_any_device(gqa):
@@ -175,8 +256,6 @@ def test_freedoms_are_drawn_for_any_device(gqa):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_whole_way_on_a_gpu(gqa, blocks, tmp_path):
-    from dha_utils import plant_redundancy
-
     expected = fuse(gqa, HeadPlan.uniform(gqa.config, 2, 1), blocks)
     source = gqa.to("cuda")
     planted = plant_redundancy(source)

@@ -194,6 +194,8 @@ def test_a_plain_llama_of_a_uniform_plan(shape, blocks, tmp_path):
 
 
 def test_no_plain_llama_of_other_plans(mha, blocks):
+    with pytest.raises(ValueError, match="this is a 'llama' model: to_llama takes a DHA model"):
+        to_llama(mha)
     uneven = [[0], [1, 2, 3]]
     for plan, free in (
         (HeadPlan.uniform(mha.config, 2, 1), False),
@@ -210,7 +212,9 @@ def test_no_plain_llama_of_other_plans(mha, blocks):
 def test_sources_that_are_no_plain_model_are_refused(mha, blocks):
     plan = HeadPlan.uniform(mha.config, 2, 2)
     adapted = get_peft_model(mha, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    for source, made_of in ((adapted, "PeftModelForCausalLM"), (adapted.base_model.model, "Linear")):
+    elsewhere = get_peft_model(tiny_llama(num_attention_heads=4), LoraConfig(target_modules=["up_proj"])).base_model.model
+    sources = ((adapted, "Linear, LoraModel, PeftModelForCausalLM"), (adapted.base_model.model, "Linear"), (elsewhere, "Linear"))
+    for source, made_of in sources:
         for convert in (lambda: fuse(source, plan, blocks), lambda: head_similarity(source), lambda: with_omega(source)):  # noqa: B023
             with pytest.raises(ValueError, match=f"made of {made_of}: give a plain LlamaForCausalLM, adapters merged"):
                 convert()

@@ -44,7 +44,10 @@ SENTENCES = {
     ("budget", "0.1"): "a budget of 0.1 is 2 of 24 heads",
     ("method", "gqa"): "method must be one of mean, spectral, not 'gqa'",
     ("trainable", "heads"): "trainable must be one of attention, all, lora, not 'heads'",
-    ("seed", "-1"): "seed must be a whole number, at least 0, not -1",
+    ("seed", "-1"): "seed must be a whole number from 0 to 4294967295, not -1",
+    ("seed", "4294967296"): "seed must be a whole number from 0 to",
+    ("learning_rate", "1" + "0" * 400): "learning_rate must be a number above 0",
+    ("run_dir", "~nobody-of-that-name/run"): "there is no ~nobody-of-that-name/run",
     ("length", "20k"): "length must be a whole number, at least 16, not '20k'",
     ("length", "4096"): "length must be at most the model's context, 128, not 4096",
     ("calibration_blocks", "2"): "calibration_blocks must be a whole number, at least 4, not 2",
@@ -70,9 +73,8 @@ def test_each_wrong_parameter_gets_its_sentence(name, word, folder, tmp_path):
     given = {"run_dir": tmp_path / "run", "model": folder / "source", "text": folder / "text.txt", "budget": "0.5"} | BLOCKS
     given[name] = word.replace("FOLDER", str(folder))
     words = [str(part) for pair in given.items() for part in ("-p", *pair)]
-    assert f"error: {SENTENCES[name, word]}" in refusal("check", *words) or SENTENCES[name, word] in refusal(
-        "check", *words
-    )
+    said = refusal("check", *words)
+    assert said.startswith("error: ") and SENTENCES[name, word] in said and "\n" not in said
     assert not (tmp_path / "run").exists() and (folder / "thesis" / "chapter.txt").is_file()
 
 
@@ -149,7 +151,7 @@ def test_a_run_knows_model_and_text_by_their_content(changed, folder, tmp_path):
         (tmp_path / "other").rename(tmp_path / "source")
     else:
         (tmp_path / "text.txt").write_text((folder / "text.txt").read_text().replace("something", "anything"))
-    with pytest.raises(ValueError, match=f"holds a run with {changed}_content"):
+    with pytest.raises(ValueError, match=f"holds a run with a {changed} of other content"):
         request(tmp_path, tmp_path / "run")
 
 
@@ -183,9 +185,31 @@ def test_what_is_left_of_another_plan_is_not_read(tmp_path):
         ValueError, match="recovered in .* was made from another plan.json: run 04_continued_pretraining again"
     ):
         require(tmp_path, "recovered", "04_continued_pretraining")
+    (tmp_path / "model" / ".ipynb_checkpoints").mkdir()
+    write_whole(tmp_path / "model" / ".ipynb_checkpoints" / "config.json", "Jupyter's own")
+    write_whole(tmp_path / "sent.csv", "by a notebook that was killed before it noted what it was made from")
+    with pytest.raises(ValueError, match="sent.csv in .* is not left by a finished notebook: run 02_head_clusters again"):
+        require(tmp_path, "sent.csv", "02_head_clusters")
     write_whole(tmp_path / "run.json", json.dumps({"cache_bytes": 3072}))
     with pytest.raises(ValueError, match="plan.json in .* was made from another run.json: run 02_head_clusters again"):
         require(tmp_path, "plan.json", "02_head_clusters")
+
+
+def test_a_damaged_or_older_run_is_one_sentence(folder, tmp_path):
+    write_whole(tmp_path / "run" / "run.json", "")
+    with pytest.raises(ValueError, match="run.json is damaged .*: delete that folder, or choose another run_dir"):
+        request(folder, tmp_path / "run")
+    write_whole(tmp_path / "run" / "run.json", json.dumps({"model": str(folder / "source")}))
+    with pytest.raises(ValueError, match="holds a run with text None, not"):
+        request(folder, tmp_path / "run")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder, tmp_path):
+    source, tokenizer = load_checkpoint(folder / "source")
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    save_checkpoint(source, tokenizer, tmp_path / "model")
+    with pytest.raises(ValueError, match="has no vocabulary for this model"):
+        load_checkpoint(tmp_path / "model")
 
 
 def test_the_table_needs_a_run(tmp_path, capsys):

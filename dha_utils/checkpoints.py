@@ -79,6 +79,7 @@ def load_checkpoint(name_or_path, dtype=torch.float32, device=None):
             f"says {config.vocab_size}): put its tokenizer.json or tokenizer.model into the folder"
         )
     model.checkpoint_dtype = model.dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     if dtype not in ("auto", model.dtype):
         cast_weights(model, dtype)
     return model.to(device or "cpu").eval(), tokenizer
@@ -133,8 +134,8 @@ def save_checkpoint(model, tokenizer, path, dtype=None):
 
 def _is_checkpoint(folder, model_type):
     names = [entry.name for entry in folder.iterdir()]
-    known = (".json", ".safetensors", ".model", ".jinja")
-    if "config.json" not in names or not all(name.endswith(known) or name == "README.md" for name in names):
+    known = (".json", ".safetensors", ".model", ".jinja", "README.md", "vocab.txt", "merges.txt")
+    if "config.json" not in names or not all(name.endswith(known) for name in names):
         return False
     return json.loads((folder / "config.json").read_text()).get("model_type") == model_type
 

@@ -14,7 +14,7 @@ from .runs import find
 SPLITS = ("train", "calibration", "validation")
 # Of every ten documents, in the order of the source, the first is for validation and the sixth for calibration.
 _EVERY, _VALIDATION, _CALIBRATION = 10, 0, 5
-FILES = (".txt", ".md", ".jsonl", ".json")
+FILES = (".txt", ".md", ".jsonl")  # of a folder
 TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 PASSAGE = 4000  # characters
 READ = 4_000_000, 64  # characters: a sample of blocks is taken from so many, or from so many for each of its tokens

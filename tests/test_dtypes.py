@@ -170,6 +170,7 @@ def test_a_checkpoint_keeps_its_dtype(blocks, tmp_path):
     ).stat().st_size
     save_checkpoint(fused, tokenizer, tmp_path / "told", dtype=torch.float32)
     assert load_checkpoint(tmp_path / "told", dtype="auto")[0].dtype == torch.float32
+    assert load_checkpoint(tmp_path / "told", dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
 def test_a_folder_of_something_else_is_not_replaced(mha, tmp_path):

@@ -213,7 +213,11 @@ def test_sources_that_are_no_plain_model_are_refused(mha, blocks):
     plan = HeadPlan.uniform(mha.config, 2, 2)
     adapted = get_peft_model(mha, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     elsewhere = get_peft_model(tiny_llama(num_attention_heads=4), LoraConfig(target_modules=["up_proj"])).base_model.model
-    sources = ((adapted, "Linear, LoraModel, PeftModelForCausalLM"), (adapted.base_model.model, "Linear"), (elsewhere, "Linear"))
+    sources = (
+        (adapted, "Linear, LoraModel, PeftModelForCausalLM"),
+        (adapted.base_model.model, "Linear"),
+        (elsewhere, "Linear"),
+    )
     for source, made_of in sources:
         for convert in (lambda: fuse(source, plan, blocks), lambda: head_similarity(source), lambda: with_omega(source)):  # noqa: B023
             with pytest.raises(ValueError, match=f"made of {made_of}: give a plain LlamaForCausalLM, adapters merged"):

@@ -79,7 +79,7 @@ def load_checkpoint(name_or_path, dtype=torch.float32, device=None):
             f"says {config.vocab_size}): put its tokenizer.json or tokenizer.model into the folder"
         )
     model.checkpoint_dtype = model.dtype
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    dtype = dtype if dtype == "auto" else as_dtype(dtype)
     if dtype not in ("auto", model.dtype):
         cast_weights(model, dtype)
     return model.to(device or "cpu").eval(), tokenizer
@@ -93,6 +93,14 @@ def served_dtype(model):
 def dtype_name(dtype):
     """As transformers' configs write it: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def as_dtype(name):
+    """A torch dtype, or the one of that name. Raises ValueError if there is none, or it is not of weights."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"the dtype must be one of float32, bfloat16 and float16, not {name!r}")
+    return dtype
 
 
 def cast_weights(model, dtype):
@@ -116,13 +124,13 @@ def save_checkpoint(model, tokenizer, path, dtype=None):
     partial, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
     if old.exists() and not path.exists():  # killed between the two renames below
         old.rename(path)
-    if path.exists() and not _is_checkpoint(path, model.config.model_type):
+    if path.exists() and not (path.is_dir() and _is_checkpoint(path, model.config.model_type)):
         raise ValueError(
             f"{path} is there and holds other things than a {model.config.model_type} checkpoint: choose another folder"
         )
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or served_dtype(model)
+    dtype = as_dtype(dtype or served_dtype(model))
     own = model if dtype == model.dtype else cast_weights(copy.deepcopy(model), dtype)
     own.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -136,7 +144,7 @@ def _is_checkpoint(folder, model_type):
     names = [entry.name for entry in folder.iterdir()]
     known = (".json", ".safetensors", ".model", ".jinja", "README.md", "vocab.txt", "merges.txt")
     if "config.json" not in names or not all(name.endswith(known) for name in names):
-        return False
+        return not names  # an empty folder may become one
     return json.loads((folder / "config.json").read_text()).get("model_type") == model_type
 
 

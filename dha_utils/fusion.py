@@ -193,8 +193,8 @@ def to_llama(model):
     if set(sum(config.head_counts(), ())) != {kept} or not plain or config.key_frequencies:
         raise ValueError(
             "a plain LLaMA cannot hold this model: it has one number of key and value heads in all layers, shared by the "
-            "same query heads in groups of one size, with standard RoPE planes; fuse with HeadPlan.uniform(config, n, n) "
-            "and free_frequencies=False"
+            "same query heads in groups of one size, with standard RoPE planes; fuse with HeadPlan.uniform(config, n, n), "
+            f"where n divides {config.source_num_key_value_heads}, and free_frequencies=False"
         )
     own = ("model_type", "architectures", "key_head_map", "value_head_map", "key_frequencies", "source_num_key_value_heads")
     settings = {name: value for name, value in config.to_dict().items() if name not in own}

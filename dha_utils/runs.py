@@ -10,6 +10,8 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ".6g"  # of the numbers in the CSVs
+MEASURED_BY = {"source": "01_head_redundancy", "untrained": "03_head_fusion", "trained": "04_continued_pretraining"}
+AGAIN = " (make run does so once its .ipynb is deleted from the run folder)"
 
 
 def find(name):
@@ -41,7 +43,9 @@ def check_run(run_dir, **settings):
             said = {name: f"{name} {stored.get(name)!r}, not {settings[name]!r}" for name in changed}
             said |= {name: f"a {name[:5].strip('_')} of other content" for name in changed if name.endswith("_content")}
             differences = ", ".join(said.values())
-            raise ValueError(f"{run_dir} holds a run with {differences}: choose another run_dir, or delete that folder")
+            raise ValueError(
+                f"{run_dir} holds a run with {differences}: choose another run_dir (make: RUN=NAME), or delete that folder"
+            )
     elif path.is_dir() and any(entry.suffix != ".ipynb" and entry.name[0] != "." for entry in path.iterdir()):
         raise ValueError(f"{run_dir} is a folder of something else than a run: choose another run_dir")
     return path
@@ -69,9 +73,9 @@ def require(run, name, notebook):
     if not (run / name).exists():
         raise ValueError(f"there is no {name} in {run}: run {notebook} first, with the same run_dir")
     if name not in _made(run):
-        raise ValueError(f"{name} in {run} is not left by a finished notebook: run {notebook} again")
+        raise ValueError(f"{name} in {run} is not left by a finished notebook: run {notebook} again{AGAIN}")
     if changed := _changed(run, name):
-        raise ValueError(f"{name} in {run} was made from another {changed}: run {notebook} again")
+        raise ValueError(f"{name} in {run} was made from another {changed}: run {notebook} again{AGAIN}")
     return run / name
 
 
@@ -158,10 +162,11 @@ def record_metrics(run, stage, rows, *made_from):
 
 def read_metrics(run):
     """The table of metrics.csv. Raises ValueError if there is none, or what a stage was measured on has changed since."""
-    table = pd.read_csv(require(run, "metrics.csv", "notebooks 01 to 05"))
+    table = pd.read_csv(require(run, "metrics.csv", "01_head_redundancy to 04_continued_pretraining"))
     for stage in table["stage"].unique():
         if changed := _changed(run, f"metrics.csv ({stage})"):  # the rows are written before that is noted
             raise ValueError(
-                f"the {stage} rows of {run / 'metrics.csv'} were measured with another {changed}: run it again"
+                f"the {stage} rows of {run / 'metrics.csv'} were measured with another {changed}: run {MEASURED_BY[stage]} "
+                f"again{AGAIN}"
             )
     return table

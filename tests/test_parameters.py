@@ -213,7 +213,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder, tmp_path
 
 
 def test_the_table_needs_a_run(tmp_path, capsys):
-    assert "run notebooks 01 to 05 first" in refusal("table", "--run-dir", str(tmp_path))
+    assert "run 01_head_redundancy to 04_continued_pretraining first" in refusal("table", "--run-dir", str(tmp_path))
     write_whole(tmp_path / "run.json", "{}")
     write_whole(tmp_path / "plan.json", "{}")
     record_metrics(tmp_path, "source", [{"method": "source", "perplexity": 9.0}])
@@ -221,4 +221,5 @@ def test_the_table_needs_a_run(tmp_path, capsys):
     main(["table", "--run-dir", str(tmp_path)])
     assert "untrained" in capsys.readouterr().out
     write_whole(tmp_path / "plan.json", json.dumps({"other": 1}))
-    assert "the untrained rows of" in refusal("table", "--run-dir", str(tmp_path))
+    said = refusal("table", "--run-dir", str(tmp_path))
+    assert "the untrained rows of" in said and "with another plan.json: run 03_head_fusion again (make run" in said

@@ -14,7 +14,9 @@ import yaml
 from gensim.test.utils import datapath
 from packaging.requirements import Requirement
 
+from dha_utils.__main__ import DEFAULTS
 from dha_utils.checkpoints import SMOLLM2_SHA256
+from dha_utils.parameters import check_parameters
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
@@ -59,8 +61,10 @@ def test_notebooks_share_their_parameters_and_open_and_close_in_prose(path):
     assert not re.search(r"^#( #|$)", prose, re.MULTILINE), "prose with comment signs renders as headings"
     assert shows(notebook.cells[-1], "text/markdown"), "the last cell says what was found, computed"
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    names = [node.targets[0].id for node in ast.parse(parameters.source).body]
-    assert names[:6] == ["model", "text", "budget", "method", "seed", "run_dir"]
+    values = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(parameters.source).body}
+    assert list(values)[:6] == ["model", "text", "budget", "method", "seed", "run_dir"]
+    assert DEFAULTS.items() <= values.items(), "`make check` says what the notebooks say"
+    check_parameters(**values)
     assert {"kernelspec", "language_info"} <= set(notebook.metadata)
 
 

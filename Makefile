@@ -4,7 +4,7 @@ MODEL ?= smollm2-135m
 TEXT ?= wikipedia
 BUDGET ?= 0.5
 # Instead of a budget: CACHE_BYTES=... a token, or MAX_INCREASE=0.05 of the perplexity
-WISH = $(if $(MAX_INCREASE),-p max_increase "$(MAX_INCREASE)") $(if $(CACHE_BYTES),-p cache_bytes "$(CACHE_BYTES)")
+TARGET = $(if $(MAX_INCREASE),-p max_increase "$(MAX_INCREASE)") $(if $(CACHE_BYTES),-p cache_bytes "$(CACHE_BYTES)")
 # Names of files and targets have no spaces, and no % for make
 space := $(subst ,, )
 plain = $(subst %,-percent,$(subst $(space),-,$(1)))
@@ -18,10 +18,11 @@ DIR := runs/$(RUN)
 # The ends of the range in pyproject.toml, and the tests of what leans on transformers
 OLDEST := 5.23.0
 NEWEST := 5.24.0
-LEANING := $(addprefix tests/test_,transformers.py modeling.py fusion.py dtypes.py refit.py pretraining.py linear.py)
+LEANING := tests/model/test_transformers.py tests/model/test_dha.py tests/measure tests/fuse tests/recover tests/paper/test_linear.py \
+	tests/test_dtypes.py
 NOTEBOOKS := 01_head_redundancy 02_head_clusters 03_head_fusion 04_continued_pretraining 05_compression_vs_perplexity
 LENGTH := 256
-PARAMETERS = -r model "$(MODEL)" -r text "$(TEXT)" -p budget "$(BUDGET)" -r run_dir $(DIR) -p length $(LENGTH) $(WISH)
+PARAMETERS = -r model "$(MODEL)" -r text "$(TEXT)" -p budget "$(BUDGET)" -r run_dir $(DIR) -p length $(LENGTH) $(TARGET)
 # wiki-mha is small enough for the notebooks' own defaults; anything else gets longer blocks and fewer of all that takes time
 ifneq ($(MODEL),wiki-mha)
 LENGTH := 512
@@ -42,7 +43,7 @@ setup: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e .
+	$(BIN)/pip install -q -c constraints.txt -e .[dev]
 	touch $@
 
 run: $(NOTEBOOKS:%=$(DIR)/%.ipynb)

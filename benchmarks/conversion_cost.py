@@ -21,11 +21,12 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dha_utils import fuse, load_checkpoint, load_text, token_blocks
-from dha_utils.allocation import heads_for_budget, knapsack
-from dha_utils.fusion import spectral_layers
-from dha_utils.refit import refit
+from dha_utils.fuse.refit import refit
+from dha_utils.measure.energies import head_energies
+from dha_utils.plan.allocate import heads_for_budget, knapsack
+from dha_utils.plan.partition import group_heads, plan_of_counts
+from dha_utils.plan.prices import after_refit, loss_increase
 from dha_utils.runs import append_rows, has_row
-from dha_utils.sensitivity import after_refit, group_heads, loss_rises, plan_of_counts
 
 HERE = Path(__file__).parent
 BASE = {"layers": 8, "hidden": 512, "heads": 8, "key_value_heads": 8, "mlp": 1536}
@@ -93,13 +94,15 @@ def convert(case, blocks, length, device):
         begin = time.perf_counter()
 
     done("load")
-    layers = spectral_layers(model, text)
+    energies = head_energies(model, text)
     done("statistics")
-    partitions = group_heads(model, text, layers=layers)
+    partitions = group_heads(model, text, energies=energies)
     done("groups")
-    prices = after_refit(loss_rises(model, text))
+    prices = after_refit(loss_increase(model, text))
     done("rises of the loss")
-    fused = fuse(model, plan_of_counts(partitions, knapsack(prices, heads_for_budget(model.config, 0.5))), layers=layers)
+    fused = fuse(
+        model, plan_of_counts(partitions, knapsack(prices, heads_for_budget(model.config, 0.5))), energies=energies
+    )
     done("fusion")
     refit(fused, model, text)
     done("refit")

@@ -18,8 +18,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from dha_utils import HeadPlan
-from dha_utils.fusion import head_map
-from dha_utils.modeling import DhaAttention, DhaConfig
+from dha_utils.fuse.layer import head_map
+from dha_utils.model.config import DhaConfig
+from dha_utils.model.dha import DhaAttention
 from dha_utils.runs import write_whole
 
 HERE = Path(__file__).parent

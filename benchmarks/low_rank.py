@@ -9,17 +9,17 @@ import copy
 
 import torch
 
-from dha_utils.spectral import matrix_sqrt
-from dha_utils.statistics import set_rows, with_bias
+from dha_utils.measure.energies import matrix_sqrt
+from dha_utils.measure.moments import set_rows, with_bias
 
 
 @torch.no_grad()
-def whitened_svd(model, statistics):
-    """Per layer, U, S of the stacked, whitened projections: [W_K; W_V] C^½ = U S Vᵀ, C from `collect_statistics`."""
+def whitened_svd(model, moments):
+    """Per layer, U, S of the stacked, whitened projections: [W_K; W_V] C^½ = U S Vᵀ, C from `collect_moments`."""
     layers = []
-    for layer, moments in zip(model.model.layers, statistics):
+    for layer, its_moments in zip(model.model.layers, moments):
         rows = torch.cat([with_bias(layer.self_attn.k_proj), with_bias(layer.self_attn.v_proj)]).double()
-        layers.append(torch.linalg.svd(rows @ matrix_sqrt(moments.plain.double()), full_matrices=False)[:2])
+        layers.append(torch.linalg.svd(rows @ matrix_sqrt(its_moments.plain.double()), full_matrices=False)[:2])
     return layers
 
 

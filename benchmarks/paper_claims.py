@@ -24,6 +24,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+from study_claims import at_best_rate
+
 from dha_utils import (
     HeadPlan,
     fuse,
@@ -35,16 +37,15 @@ from dha_utils import (
     pretrain,
     token_blocks,
 )
-from dha_utils.allocation import heads_for_budget, knapsack, neighbours_plan, uniform_counts, uniform_plan
-from dha_utils.claims import at_best_rate
-from dha_utils.evaluation import scored_tokens
-from dha_utils.grouping import pairwise_cost
-from dha_utils.linear import learn_fusion
+from dha_utils.measure.perplexity import scored_tokens
+from dha_utils.paper.linear import learn_fusion
+from dha_utils.paper.search import anneal, score_partitions, search_scores
+from dha_utils.plan.allocate import heads_for_budget, knapsack, uniform_counts, uniform_plan
+from dha_utils.plan.head_plan import neighbours_plan
+from dha_utils.plan.partition import pairwise_cost, partition_costs, plan_of_counts
+from dha_utils.recover.training import training_log
 from dha_utils.runs import ROOT, append_rows, has_row, rows_with
-from dha_utils.search import anneal, score_partitions, search_scores
-from dha_utils.sensitivity import partition_costs, plan_of_counts
-from dha_utils.text import drawn
-from dha_utils.training import training_log
+from dha_utils.sources.text import drawn
 
 HERE = Path(__file__).parent
 SEARCH_STEPS = 240

@@ -34,13 +34,13 @@ from itertools import product
 from pathlib import Path
 
 from dha_utils import fuse, load_checkpoint, load_text, plan_heads, pretrain, token_blocks
-from dha_utils.checkpoints import save_checkpoint
-from dha_utils.evaluation import scored_tokens
-from dha_utils.pretraining import TRAINABLE
-from dha_utils.refit import refit
+from dha_utils.fuse.refit import refit
+from dha_utils.measure.perplexity import scored_tokens
+from dha_utils.recover.pretrain import TRAINABLE
+from dha_utils.recover.training import training_log
 from dha_utils.runs import ROOT, append_rows, has_row
-from dha_utils.text import drawn
-from dha_utils.training import training_log
+from dha_utils.sources.checkpoints import save_checkpoint
+from dha_utils.sources.text import drawn
 
 HERE = Path(__file__).parent
 RUNS = ROOT / "runs" / "recovery"

@@ -18,12 +18,12 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from dha_utils import head_similarity, load_checkpoint, load_text, token_blocks
-from dha_utils.evaluation import block_losses, log_probabilities, scored_tokens
-from dha_utils.fusion import spectral_layers
+from dha_utils.measure.energies import head_energies
+from dha_utils.measure.moments import with_bias
+from dha_utils.measure.perplexity import block_losses, log_probabilities, scored_tokens
+from dha_utils.paper.search import search_scores
+from dha_utils.plan.prices import KINDS, fused_in_place, layer_inputs, mean_divergence
 from dha_utils.runs import ROOT, write_whole
-from dha_utils.search import search_scores
-from dha_utils.sensitivity import KINDS, fused_in_place, layer_inputs, mean_divergence
-from dha_utils.statistics import with_bias
 
 HERE = Path(__file__).parent
 
@@ -65,15 +65,15 @@ def measured_costs(model, fitted, held_out):
 
     `rise` of the LM loss, with its `standard_error` over blocks, and the `divergence` from the source's predictions.
     """
-    layers = spectral_layers(model, fitted)
+    energies = head_energies(model, fitted)
     inputs, reference = layer_inputs(model, held_out), list(log_probabilities(model, held_out))
     base = block_losses(reference, held_out[:, 1:])
     heads = model.config.num_key_value_heads
     costs = {}
-    cases = product(range(len(layers)), KINDS, combinations(range(heads), 2))
+    cases = product(range(len(energies)), KINDS, combinations(range(heads), 2))
     for index, kind, (i, j) in tqdm(list(cases), "pairs"):
         groups = [[i, j], *([head] for head in range(heads) if head not in (i, j))]
-        with fused_in_place(model, index, kind, groups, layers):
+        with fused_in_place(model, index, kind, groups, energies):
             predictions = list(log_probabilities(model, held_out, index, inputs[index]))
         rises = block_losses(predictions, held_out[:, 1:]) - base
         costs[index, kind, i, j] = {

@@ -22,14 +22,15 @@ from low_rank import allocated_ranks, low_rank_model, uniform_ranks, whitened_sv
 from tqdm import tqdm
 
 from dha_utils import fuse, load_checkpoint, load_text, perplexity, token_blocks
-from dha_utils.allocation import heads_for_budget, knapsack, uniform_plan
-from dha_utils.evaluation import scored_tokens
-from dha_utils.fusion import spectral_layers
-from dha_utils.refit import refit
+from dha_utils.fuse.refit import refit
+from dha_utils.measure.energies import head_energies
+from dha_utils.measure.moments import collect_moments
+from dha_utils.measure.perplexity import scored_tokens
+from dha_utils.plan.allocate import heads_for_budget, knapsack, uniform_plan
+from dha_utils.plan.partition import group_heads, partition_costs, plan_of_counts
+from dha_utils.plan.prices import after_refit, loss_increase
 from dha_utils.runs import append_rows, has_row
-from dha_utils.sensitivity import after_refit, group_heads, loss_rises, partition_costs, plan_of_counts
-from dha_utils.statistics import collect_statistics
-from dha_utils.text import drawn
+from dha_utils.sources.text import drawn
 
 HERE = Path(__file__).parent
 WORDS = {"cost": "by cost", "loss": "by loss", "refit": "for the refit"}  # how heads were allocated
@@ -54,30 +55,30 @@ def methods(source, calibration, refits):
     """{(method, allocation): function of the number of heads that makes the model}; what they share is made once."""
 
     @cache
-    def statistics():
-        return collect_statistics(source, calibration)
+    def moments():
+        return collect_moments(source, calibration)
 
     @cache
-    def layers():
-        return spectral_layers(source, calibration, statistics=statistics())
+    def energies():
+        return head_energies(source, calibration, moments=moments())
 
     @cache
     def partitions():
-        return group_heads(source, calibration, layers=layers())
+        return group_heads(source, calibration, energies=energies())
 
     @cache
     def prices(allocation):
         if allocation == "refit":
             return after_refit(prices("loss"))
-        return partition_costs(partitions()) if allocation == "cost" else loss_rises(source, calibration)
+        return partition_costs(partitions()) if allocation == "cost" else loss_increase(source, calibration)
 
     def standard_planes(heads):
-        standard = [replace(layer, free_frequencies=False) for layer in layers()]
-        return fuse(source, uniform_plan(source.config, heads), layers=standard)
+        standard = [replace(layer, free_frequencies=False) for layer in energies()]
+        return fuse(source, uniform_plan(source.config, heads), energies=standard)
 
     @cache
     def svd():
-        return whitened_svd(source, statistics())
+        return whitened_svd(source, moments())
 
     def low_rank(ranks_of, heads):
         return low_rank_model(source, svd(), ranks_of(heads))
@@ -86,7 +87,7 @@ def methods(source, calibration, refits):
         return uniform_ranks(source, heads / heads_for_budget(source.config, 1))
 
     def allocated(allocation, heads):
-        return fuse(source, plan_of_counts(partitions(), knapsack(prices(allocation), heads)), layers=layers())
+        return fuse(source, plan_of_counts(partitions(), knapsack(prices(allocation), heads)), energies=energies())
 
     def refitted(part, heads):
         return refit(allocated("refit", heads), source, calibration, **REFITS[part])[0]
@@ -94,7 +95,7 @@ def methods(source, calibration, refits):
     return {
         ("mean", "uniform"): lambda heads: fuse(source, uniform_plan(source.config, heads), method="mean"),
         ("spectral, standard planes", "uniform"): standard_planes,
-        ("spectral", "uniform"): lambda heads: fuse(source, uniform_plan(source.config, heads), layers=layers()),
+        ("spectral", "uniform"): lambda heads: fuse(source, uniform_plan(source.config, heads), energies=energies()),
         ("spectral", "cost"): partial(allocated, "cost"),
         ("spectral", "loss"): partial(allocated, "loss"),
         ("low rank", "uniform"): partial(low_rank, uniform),

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from dha_utils.text import load_text, token_blocks
+from dha_utils.sources.text import load_text, token_blocks
 
 HERE = Path(__file__).parent
 END_OF_TEXT = "<|endoftext|>"

@@ -1,15 +1,18 @@
 """Decoupled-Head Attention from trained LLaMA checkpoints: measure, group, fuse, recover, compare."""
 
-from .allocation import plan_heads
-from .checkpoints import load_checkpoint, save_checkpoint
-from .evaluation import cache_bytes, perplexity
-from .freedoms import plant_redundancy
-from .fusion import fuse, to_llama
-from .grouping import HeadPlan
-from .modeling import DhaConfig, DhaForCausalLM
-from .pretraining import pretrain
-from .redundancy import head_similarity
-from .text import load_text, token_blocks
+from .compare.cost import cache_bytes
+from .fuse.model import fuse, to_llama
+from .fuse.refit import refit
+from .measure.perplexity import perplexity
+from .measure.planted import plant_redundancy
+from .measure.similarity import head_similarity
+from .model.config import DhaConfig
+from .model.dha import DhaForCausalLM
+from .plan.allocate import plan_heads
+from .plan.head_plan import HeadPlan
+from .recover.pretrain import pretrain
+from .sources.checkpoints import load_checkpoint, save_checkpoint
+from .sources.text import load_text, token_blocks
 
 __all__ = [
     "DhaConfig",
@@ -24,6 +27,7 @@ __all__ = [
     "plan_heads",
     "plant_redundancy",
     "pretrain",
+    "refit",
     "save_checkpoint",
     "to_llama",
     "token_blocks",

@@ -1,4 +1,4 @@
-"""What `make run` does before the first notebook and after the last.
+"""The commands of `make run` before the first notebook and after the last.
 
 python -m dha_utils check -p model smollm2-135m -p run_dir runs/NAME    # one sentence if something is wrong
 python -m dha_utils table --run-dir runs/NAME
@@ -14,7 +14,7 @@ import yaml
 from .parameters import load_inputs
 from .runs import ROOT, read_metrics
 
-# what the notebooks say where a command does not
+# of the notebooks, where a command does not say
 DEFAULTS = {
     "run_dir": "runs/tutorial",
     "model": "wiki-mha",
@@ -47,7 +47,7 @@ def main(command_line=None):
     check.add_argument("-p", dest="typed", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     check.add_argument("-r", dest="raw", nargs=2, action="append", default=[], metavar=("NAME", "TEXT"))
     check.add_argument("-y", dest="yaml", action="append", default=[], metavar="YAML")
-    table = actions.add_parser("table", help="print what the notebooks of a run have measured")
+    table = actions.add_parser("table", help="print the measurements of the notebooks of a run")
     table.add_argument("--run-dir", required=True)
     arguments = parser.parse_args(command_line)
     try:

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from .allocation import budget_for_cache, heads_for_budget
-from .checkpoints import check_source, load_checkpoint
-from .fusion import METHODS
-from .pretraining import TRAINABLE
-from .runs import check_run, write_run
-from .text import SPLITS, load_text, token_blocks
-from .training import fingerprint
+from .fuse.model import METHODS
+from .plan.allocate import budget_for_cache, heads_for_budget
+from .recover.pretrain import TRAINABLE
+from .runs import check_run, fingerprint, write_run
+from .sources.checkpoints import check_source, load_checkpoint
+from .sources.text import SPLITS, load_text, token_blocks
 
 
 def is_number(value):
@@ -33,7 +32,7 @@ def optional(rule):
 
 NAME = "a name or a path, in quotes", lambda value: isinstance(value, str | Path) and str(value).strip() != ""
 POSITIVE = "a number above 0", lambda value: is_number(value) and value > 0
-RULES = {  # what each parameter must be: in words, and as a test
+RULES = {  # the rule of each parameter: in words, and as a test
     "model": NAME,
     "text": NAME,
     "run_dir": NAME,
@@ -60,7 +59,7 @@ RULES = {  # what each parameter must be: in words, and as a test
 
 
 def check_parameters(**parameters):
-    """Raises ValueError that says of the first parameter that is of the wrong type or out of range what would be right."""
+    """Raises ValueError with the rule of the first parameter that is of the wrong type or out of range."""
     for name, value in parameters.items():
         if name not in RULES:
             raise ValueError(f"there is no parameter {name!r}: choose from {', '.join(RULES)}")
@@ -76,11 +75,11 @@ def check_parameters(**parameters):
 
 
 def load_inputs(run_dir, model, text, length, calibration_blocks, validation_blocks, **parameters):
-    """What every notebook starts from, looked at: (settings of the run, source, tokenizer, calibration, validation).
+    """The inputs of every notebook, looked at: (settings of the run, source, tokenizer, calibration, validation).
 
     Nothing is written. A relative `run_dir` lies in the repository, a relative path of `model` or `text` here or there.
 
-    Raises ValueError if a parameter is wrong, the model or the text cannot be loaded or is too small, the wish cannot be
+    Raises ValueError if a parameter is wrong, the model or the text cannot be loaded or is too small, the target cannot be
     met, or `run_dir` holds a run with other settings.
     """
     blocks = {"length": length, "calibration_blocks": calibration_blocks, "validation_blocks": validation_blocks}

@@ -68,7 +68,7 @@ def head_trees(similarity, layers, title):
 
 
 def price_maps(prices, title, label):
-    """[layers, 2, heads] as two heat maps, keys and values: a row per layer, a column per number of heads kept."""
+    """[layers, 2, heads] as two heat maps, keys and values: one row per layer, one column per number of heads kept."""
     prices = np.asarray(prices)
     figure, axes = plt.subplots(1, 2, figsize=(9, 1.8 + 0.28 * len(prices)), layout="constrained")
     for axis, kind in zip(axes, range(2)):
@@ -155,7 +155,7 @@ def compression_chart(table, trained, bytes_per_token, title):
 
 
 def score_maps(history, layer, title):
-    """How far ω rows of query heads are apart (`search_scores`) in one layer: a column per step kept, keys above values."""
+    """Distances of the ω rows of query heads (`search_scores`) in one layer: one column per step, keys above values."""
     figure, axes = plt.subplots(2, len(history), figsize=(2.4 * len(history) + 1, 5.2), squeeze=False, layout="constrained")
     for row, kind in zip(axes, ("key", "value")):
         apart = {step: np.where(np.eye(len(s[kind][layer])), np.nan, s[kind][layer]) for step, s in history.items()}
@@ -170,7 +170,7 @@ def score_maps(history, layer, title):
 
 
 def fusion_curves(log, title):
-    """A learned fusion over its tokens (`training_log`): L_fusion and its target, λ, and what averaging ω would give."""
+    """A learned fusion over its tokens (`training_log`): L_fusion, its target, λ, perplexity with ω as is and averaged."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     thousands = log["tokens"] / 1e3
     axes[0].plot(thousands, log["fusion_loss"], marker="o", label="L_fusion")

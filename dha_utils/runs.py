@@ -1,4 +1,4 @@
-"""Run folders (`runs/NAME/`): what one notebook leaves for the next."""
+"""Run folders (`runs/NAME/`): the files that one notebook leaves for the next, written whole, known by content."""
 
 import hashlib
 import json
@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 import pandas as pd
+import torch
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ".6g"  # of the numbers in the CSVs
 MEASURED_BY = {"source": "01_head_redundancy", "untrained": "03_head_fusion", "trained": "04_continued_pretraining"}
+NO_CONTENT = ("_name_or_path", "transformers_version", "use_cache")  # of a config
 AGAIN = " (make run does so once its .ipynb is deleted from the run folder)"
 
 
@@ -31,7 +33,7 @@ def expand(name):
 def check_run(run_dir, **settings):
     """The run folder as a `Path`, there or not; a relative one lies in the repository, wherever the notebook runs.
 
-    `settings` (model, text, budget, …) are what all notebooks of the run share.
+    `settings` (model, text, budget, …) are those that all notebooks of the run share.
 
     Raises ValueError if the folder holds a run with other settings, or other things than a run.
     """
@@ -66,9 +68,9 @@ def leave(run, name, *made_from):
 
 
 def require(run, name, notebook):
-    """The path of what an earlier notebook left in the run folder.
+    """The path of a file or folder that an earlier notebook left in the run folder.
 
-    Raises ValueError that says which notebook to run first, if it is missing, or what it was made from has changed since.
+    Raises ValueError that says which notebook to run first, if it is missing, or made from files that have changed since.
     """
     if not (run / name).exists():
         raise ValueError(f"there is no {name} in {run}: run {notebook} first, with the same run_dir")
@@ -140,7 +142,7 @@ def has_row(path, values):
 def append_rows(path, rows):
     """Add `rows` (dictionaries) to a CSV to which other processes may be adding theirs."""
     with FileLock(f"{path}.lock"):
-        table = pd.concat([read_rows(path), pd.DataFrame(rows)]).infer_objects()  # what is missing keeps numbers numbers
+        table = pd.concat([read_rows(path), pd.DataFrame(rows)]).infer_objects()  # columns with gaps keep numbers numbers
         write_whole(path, table.to_csv(index=False, float_format=f"%{DIGITS}"))
 
 
@@ -161,7 +163,7 @@ def record_metrics(run, stage, rows, *made_from):
 
 
 def read_metrics(run):
-    """The table of metrics.csv. Raises ValueError if there is none, or what a stage was measured on has changed since."""
+    """The table of metrics.csv. Raises ValueError if there is none, or files that a stage was measured on have changed."""
     table = pd.read_csv(require(run, "metrics.csv", "01_head_redundancy to 04_continued_pretraining"))
     for stage in table["stage"].unique():
         if changed := _changed(run, f"metrics.csv ({stage})"):  # the rows are written before that is noted
@@ -170,3 +172,22 @@ def read_metrics(run):
                 f"again{AGAIN}"
             )
     return table
+
+
+def fingerprint(*things):
+    """Twelve digits that name models, tensors and values of JSON by their content.
+
+    Weights count byte by byte: their sum would differ with the number of threads.
+    """
+    digest = hashlib.sha256()
+    for thing in things:
+        tensors, described = [], thing
+        if isinstance(thing, torch.Tensor):
+            tensors, described = [thing], None
+        elif isinstance(thing, torch.nn.Module):
+            tensors = list(thing.parameters())
+            described = {name: value for name, value in thing.config.to_dict().items() if name not in NO_CONTENT}
+        digest.update(json.dumps([described, [(str(t.dtype), t.shape) for t in tensors]], default=str).encode())
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]

@@ -8,6 +8,8 @@ import torch
 from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dha_utils import HeadPlan
+
 # pytest --hypothesis-profile=thorough for more, and other, examples than always the same
 settings.register_profile("same", max_examples=200, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
@@ -18,6 +20,7 @@ SHAPES = {
     "mha": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 12},
     "bias": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "attention_bias": True},
 }
+LOW = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +88,7 @@ def killed_at_step(model, count):
     with pytest.raises(Killed):
         yield
     hook.remove()
+
+
+def half_plan(model):
+    return HeadPlan.uniform(model.config, 2, 1)

@@ -1,38 +1,25 @@
 """Nothing depends on the dtype, the attention backend or the device that a model happens to be in."""
 
-import json
-
 import pytest
 import torch
-from conftest import SHAPES, logits, tiny_llama
+from conftest import LOW, half_plan, logits
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from dha_utils import (
     HeadPlan,
-    cache_bytes,
     fuse,
     head_similarity,
-    load_checkpoint,
     plan_heads,
     plant_redundancy,
     pretrain,
-    save_checkpoint,
 )
-from dha_utils.checkpoints import cast_weights, served_dtype
-from dha_utils.evaluation import bytes_per_token, perplexity
-from dha_utils.freedoms import apply_freedoms
-from dha_utils.fusion import spectral_layers
-from dha_utils.linear import learn_fusion
-from dha_utils.redundancy import METRICS
-from dha_utils.refit import refit
-from dha_utils.runs import write_whole
-from dha_utils.statistics import collect_statistics
-
-LOW = (torch.bfloat16, torch.float16)
-
-
-def half_plan(model):
-    return HeadPlan.uniform(model.config, 2, 1)
+from dha_utils.fuse.refit import refit
+from dha_utils.fuse.spectral import fuse_keys, fuse_values
+from dha_utils.measure.energies import head_energies
+from dha_utils.measure.planted import apply_freedoms
+from dha_utils.measure.similarity import METRICS
+from dha_utils.paper.linear import learn_fusion
+from dha_utils.sources.checkpoints import cast_weights, served_dtype
 
 
 def loaded(model, folder, dtype):
@@ -61,30 +48,6 @@ def test_a_model_cast_after_loading_is_fused_like_one_loaded_so(dtype, mha, bloc
     fused = fuse(mha.to(dtype), half_plan(mha), blocks)
     assert all(torch.equal(a, b) for a, b in zip(fused.parameters(), expected.parameters()))
     assert "RoPE frequencies" in caplog.text
-
-
-@pytest.mark.parametrize("dtype", LOW)
-def test_moments_are_taken_in_float32(dtype, tmp_path):
-    source = tiny_llama(**SHAPES["mha"])
-    for layer in source.model.layers:
-        layer.input_layernorm.weight.data.fill_(10.0)  # products of such activations overflow in float16
-    blocks = torch.randint(0, 96, (1, 128))
-    source.save_pretrained(tmp_path)
-    low = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    exact = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype).float()  # the same rounded weights
-    for got, expected in zip(collect_statistics(low, blocks), collect_statistics(exact, blocks)):
-        assert got.plain.dtype == torch.float32
-        assert torch.allclose(got.plain.trace(), expected.plain.trace(), rtol=4e-3)
-    fused = fuse(low, half_plan(low), torch.randint(0, 96, (1, 1024)))
-    assert all(weight.isfinite().all() for weight in fused.parameters())
-
-
-def test_activations_that_are_not_finite_are_refused(mha, blocks):
-    mha.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(
-        ValueError, match="what layer 2 attends to is not finite: the checkpoint has NaN or infinite weights"
-    ):
-        fuse(mha, half_plan(mha), blocks)
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -145,74 +108,6 @@ def test_pruned_heads_leave_finite_weights(name, heads, mha, blocks):
         assert torch.allclose(logits(own, blocks), logits(mha, blocks), atol=1e-5), "sharing nothing loses nothing"
 
 
-def test_a_checkpoint_keeps_its_dtype(blocks, tmp_path):
-    model = tiny_llama(vocab_size=4096, num_attention_heads=6, num_key_value_heads=6, head_dim=8)
-    model.to(torch.bfloat16).save_pretrained(tmp_path / "source")
-    load_checkpoint("wiki-mha")[1].save_pretrained(tmp_path / "source")
-    source, tokenizer = load_checkpoint(tmp_path / "source")
-    assert source.dtype == torch.float32 and served_dtype(source) == torch.bfloat16
-    own = bytes_per_token(source)
-    assert own == 2 * 3 * 6 * 8 * 2 and cache_bytes(source, 1) == 2 * own  # it computes in float32 here
-    assert plan_heads(source, blocks, cache_bytes=own, allocation="uniform").budget == 1.0
-    assert plan_heads(source, blocks, cache_bytes=own // 2, allocation="uniform").budget == 0.5
-    with pytest.raises(ValueError, match="in each of 3 layers take 96 in bfloat16"):
-        plan_heads(source, blocks, cache_bytes=95)
-    fused = fuse(source, HeadPlan.uniform(source.config, 3, 3), blocks)
-    for model in (fused, refit(fused, source, blocks)[0]):
-        save_checkpoint(model, tokenizer, tmp_path / "fused")
-        again, own_tokenizer = load_checkpoint(tmp_path / "fused", dtype="auto")
-        assert again.dtype == torch.bfloat16 and again.config.dtype == torch.bfloat16
-        assert model.dtype == torch.float32 and bytes_per_token(again) == bytes_per_token(model) == own / 2
-        assert own_tokenizer("a word")["input_ids"] == tokenizer("a word")["input_ids"]
-        assert perplexity(again, blocks) == pytest.approx(perplexity(model, blocks), rel=0.01)
-    assert (tmp_path / "fused" / "model.safetensors").stat().st_size < (
-        tmp_path / "source" / "model.safetensors"
-    ).stat().st_size
-    save_checkpoint(fused, tokenizer, tmp_path / "told", dtype=torch.float32)
-    assert load_checkpoint(tmp_path / "told", dtype="auto")[0].dtype == torch.float32
-    assert load_checkpoint(tmp_path / "told", dtype="bfloat16")[0].dtype == torch.bfloat16
-
-
-def test_a_folder_of_something_else_is_not_replaced(mha, tmp_path):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="thesis is there and holds other things than a llama checkpoint"):
-        save_checkpoint(mha, load_checkpoint("wiki-mha")[1], tmp_path / "thesis")
-    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
-
-
-def test_a_source_is_not_replaced_by_what_is_made_of_it(mha, blocks, tmp_path):
-    tokenizer = load_checkpoint("wiki-mha")[1]
-    save_checkpoint(mha, tokenizer, tmp_path / "model")
-    fused = fuse(mha, half_plan(mha), blocks)
-    with pytest.raises(ValueError, match="holds other things than a dha checkpoint: choose another folder"):
-        save_checkpoint(fused, tokenizer, tmp_path / "model")
-    write_whole(tmp_path / "model" / "thesis.txt", "years of work")
-    with pytest.raises(ValueError, match="holds other things than a llama checkpoint"):
-        save_checkpoint(mha, tokenizer, tmp_path / "model")
-    (tmp_path / "model" / "thesis.txt").unlink()
-    (tmp_path / "model").rename(tmp_path / ".model.old")  # killed between the two renames
-    save_checkpoint(mha, tokenizer, tmp_path / "model", dtype="float16")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    (tmp_path / "empty").mkdir()
-    save_checkpoint(mha, tokenizer, tmp_path / "empty")
-    write_whole(tmp_path / "file", "precious")
-    with pytest.raises(ValueError, match="holds other things than a llama checkpoint"):
-        save_checkpoint(mha, tokenizer, tmp_path / "file")
-    with pytest.raises(ValueError, match="the dtype must be one of float32, bfloat16 and float16, not 'fp16'"):
-        load_checkpoint("wiki-mha", dtype="fp16")
-    assert LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").dtype == torch.float16
-
-
-def test_the_dtype_is_that_of_the_weights_where_the_config_has_none(tmp_path):
-    model = tiny_llama(vocab_size=4096, num_attention_heads=4).to(torch.bfloat16)
-    save_checkpoint(model, load_checkpoint("wiki-mha")[1], tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    write_whole(tmp_path / "model" / "config.json", json.dumps({k: v for k, v in config.items() if k != "dtype"}))
-    loaded, _ = load_checkpoint(tmp_path / "model")
-    assert served_dtype(loaded) == torch.bfloat16 and loaded.dtype == torch.float32
-
-
 def test_training_and_planting_keep_the_served_dtype_and_exact_frequencies(gqa, blocks, tmp_path):
     low = gqa.bfloat16()
     assert low.model.rotary_emb.inv_freq.dtype == torch.bfloat16
@@ -239,13 +134,6 @@ def test_the_errors_of_a_low_precision_refit_are_those_of_what_is_returned(mha, 
     assert again["before"].unstack()["attention"].tolist() == pytest.approx(
         errors["after"].unstack()["layer"].tolist(), rel=1e-4
     )
-
-
-def test_dropout_of_a_model_in_training_mode_reaches_no_measurement(blocks):
-    source = tiny_llama(num_attention_heads=4, attention_dropout=0.3).train()
-    fused = [fuse(source, half_plan(source), blocks) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(fused[0].parameters(), fused[1].parameters()))
-    assert perplexity(source, blocks) == perplexity(source, blocks) and source.training
 
 
 def test_frozen_models_are_refitted_and_learned_all_the_same(mha, blocks, tmp_path):
@@ -283,12 +171,13 @@ def test_the_spectral_path_itself_is_lossless_for_single_heads(model, blocks):
     """`fuse` passes single heads by: here the closed form makes each of them anew, in another gauge."""
     d, queries = model.config.head_dim, model.config.num_attention_heads // model.config.num_key_value_heads
     expected = logits(model, blocks)
-    layers = spectral_layers(model, blocks)
-    for layer, spectral in zip(model.model.layers, layers):
+    energies = head_energies(model, blocks)
+    for layer, spectral in zip(model.model.layers, energies):
         attention = layer.self_attn
         before = attention.k_proj.weight.clone()
         fused = [
-            [spectral.fuse_keys([head]), spectral.fuse_values([head])] for head in range(model.config.num_key_value_heads)
+            [fuse_keys(attention, spectral, [head]), fuse_values(attention, spectral, [head])]
+            for head in range(model.config.num_key_value_heads)
         ]
         for head, ((key, query, planes), (value, columns)) in enumerate(fused):
             assert planes.tolist() == list(range(d // 2))

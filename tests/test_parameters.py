@@ -9,7 +9,7 @@ from conftest import tiny_llama
 from dha_utils import HeadPlan, fuse, load_checkpoint, save_checkpoint
 from dha_utils.__main__ import DEFAULTS, main, typed
 from dha_utils.parameters import RULES, check_parameters, open_run
-from dha_utils.runs import leave, record_metrics, require, write_whole
+from dha_utils.runs import record_metrics, write_whole
 
 
 def refusal(*arguments):
@@ -36,6 +36,8 @@ def folder(tmp_path_factory):
 
 
 BLOCKS = {"length": 32, "calibration_blocks": 4, "validation_blocks": 2}
+
+
 SENTENCES = {
     ("budget", "1.5"): "budget must be a number above 0 and at most 1, the share of the heads to keep, not 1.5",
     ("budget", "0"): "budget must be a number above 0",
@@ -167,43 +169,6 @@ def test_paths_are_seen_from_here_or_from_the_repository(folder, tmp_path, monke
     shutil.rmtree(folder / "runs")
 
 
-def test_what_is_left_of_another_plan_is_not_read(tmp_path):
-    """The chain run.json > sensitivities.csv > plan.json > model > recovered, as the notebooks leave it."""
-    write_whole(tmp_path / "run.json", "{}")
-    chain = ["sensitivities.csv", "plan.json", "model/config.json", "recovered/config.json"]
-    for name, source in zip(chain, ([], ["sensitivities.csv"], ["plan.json"], ["model"])):
-        write_whole(tmp_path / name, "{}")
-        leave(tmp_path, name.split("/")[0], *source)
-    for name in ("plan.json", "model", "recovered"):
-        assert require(tmp_path, name, "a notebook") == tmp_path / name
-    write_whole(tmp_path / "plan.json", json.dumps({"other": 1}))
-    leave(tmp_path, "plan.json", "sensitivities.csv")
-    require(tmp_path, "plan.json", "02_head_clusters")
-    with pytest.raises(ValueError, match="model in .* was made from another plan.json: run 03_head_fusion again"):
-        require(tmp_path, "model", "03_head_fusion")
-    with pytest.raises(
-        ValueError, match="recovered in .* was made from another plan.json: run 04_continued_pretraining again"
-    ):
-        require(tmp_path, "recovered", "04_continued_pretraining")
-    (tmp_path / "model" / ".ipynb_checkpoints").mkdir()
-    write_whole(tmp_path / "model" / ".ipynb_checkpoints" / "config.json", "Jupyter's own")
-    write_whole(tmp_path / "sent.csv", "by a notebook that was killed before it noted what it was made from")
-    with pytest.raises(ValueError, match="sent.csv in .* is not left by a finished notebook: run 02_head_clusters again"):
-        require(tmp_path, "sent.csv", "02_head_clusters")
-    write_whole(tmp_path / "run.json", json.dumps({"cache_bytes": 3072}))
-    with pytest.raises(ValueError, match="plan.json in .* was made from another run.json: run 02_head_clusters again"):
-        require(tmp_path, "plan.json", "02_head_clusters")
-
-
-def test_a_damaged_or_older_run_is_one_sentence(folder, tmp_path):
-    write_whole(tmp_path / "run" / "run.json", "")
-    with pytest.raises(ValueError, match="run.json is damaged .*: delete that folder, or choose another run_dir"):
-        request(folder, tmp_path / "run")
-    write_whole(tmp_path / "run" / "run.json", json.dumps({"model": str(folder / "source")}))
-    with pytest.raises(ValueError, match="holds a run with text None, not"):
-        request(folder, tmp_path / "run")
-
-
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder, tmp_path):
     source, tokenizer = load_checkpoint(folder / "source")
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
@@ -223,3 +188,12 @@ def test_the_table_needs_a_run(tmp_path, capsys):
     write_whole(tmp_path / "plan.json", json.dumps({"other": 1}))
     said = refusal("table", "--run-dir", str(tmp_path))
     assert "the untrained rows of" in said and "with another plan.json: run 03_head_fusion again (make run" in said
+
+
+def test_a_damaged_or_older_run_is_one_sentence(folder, tmp_path):
+    write_whole(tmp_path / "run" / "run.json", "")
+    with pytest.raises(ValueError, match="run.json is damaged .*: delete that folder, or choose another run_dir"):
+        request(folder, tmp_path / "run")
+    write_whole(tmp_path / "run" / "run.json", json.dumps({"model": str(folder / "source")}))
+    with pytest.raises(ValueError, match="holds a run with text None, not"):
+        request(folder, tmp_path / "run")

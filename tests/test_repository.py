@@ -15,8 +15,8 @@ from gensim.test.utils import datapath
 from packaging.requirements import Requirement
 
 from dha_utils.__main__ import DEFAULTS
-from dha_utils.checkpoints import SMOLLM2_SHA256
 from dha_utils.parameters import check_parameters
+from dha_utils.sources.smollm2 import SMOLLM2_SHA256
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
@@ -68,12 +68,56 @@ def test_notebooks_share_their_parameters_and_open_and_close_in_prose(path):
     assert {"kernelspec", "language_info"} <= set(notebook.metadata)
 
 
-def test_environment_yml_is_in_step_with_pyproject():
+def test_conda_installs_what_make_does():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     [pip] = [entry["pip"] for entry in environment if isinstance(entry, dict)]
-    assert pip == [*project["dependencies"], "-c constraints.txt", "-e ."]
+    assert pip == ["-c constraints.txt", "-e .[dev]"]
     assert f"python{project['requires-python']}" in environment
+    assert "-c constraints.txt -e .[dev]" in (ROOT / "Makefile").read_text()
+
+
+CHAPTERS = ("sources", "model", "measure", "fuse", "plan", "recover", "paper", "compare")  # imports go up this list only
+
+
+def imported(path):
+    """The modules of the package that a file of it imports, as tuples ("measure", "moments")."""
+    place = path.relative_to(ROOT / "dha_utils").parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield (*place[: len(place) - node.level], *(node.module or node.names[0].name).split("."))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_imports_go_one_way(chapter):
+    """`HeadPlan` needs nothing, and lies lower than its chapter; runs.py, below all of them, imports none."""
+    assert {path.parent.name for path in (ROOT / "dha_utils").glob("*/*.py")} == set(CHAPTERS)
+    allowed = {*CHAPTERS[: CHAPTERS.index(chapter) + 1], "runs"}
+    files = list((ROOT / "dha_utils" / chapter).glob("*.py"))
+    above = {(path.name, *module) for path in files for module in imported(path) if module[0] not in allowed}
+    assert {names[1:] for names in above} <= {("plan", "head_plan")}
+    assert not list(imported(ROOT / "dha_utils" / "runs.py"))
+
+
+def test_the_library_alone_imports_nothing_of_the_notebooks():
+    heavy = "peft datasets gensim gguf matplotlib seaborn IPython papermill".split()
+    code = f"import sys, dha_utils; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_tests_mirror_the_modules():
+    """Each module has tests of its own; what crosses several, or is tested through them, is named here."""
+    elsewhere = {"fuse/layer", "fuse/mean", "model/config", "compare/cost", "__main__", "plots"}
+    modules = {path.relative_to(ROOT / "dha_utils").with_suffix("").as_posix() for path in ROOT.glob("dha_utils/**/*.py")}
+    modules = {name for name in modules if not name.endswith("__init__")}
+    tests = {path.relative_to(ROOT / "tests").as_posix() for path in ROOT.glob("tests/**/test_*.py")}
+    tested = {name for name in modules if "/".join([*name.split("/")[:-1], f"test_{name.split('/')[-1]}.py"]) in tests}
+    assert modules - tested == elsewhere
+
+
+def test_modules_hold_one_idea():
+    long = {path.name: n for path in ROOT.glob("dha_utils/**/*.py") if (n := len(path.read_text().splitlines())) > 250}
+    assert not long
 
 
 def test_both_ends_of_the_range_of_transformers_are_tested():
@@ -87,7 +131,8 @@ def test_both_ends_of_the_range_of_transformers_are_tested():
 def test_every_dependency_is_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    assert {re.split("[<>=]", name)[0] for name in project["dependencies"]} <= pinned
+    named = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    assert {re.split("[<>=[]", name)[0] for name in named} - {project["name"]} <= pinned
 
 
 def test_readme_table_is_what_the_benchmark_prints():

@@ -1,0 +1,179 @@
+"""What goes beyond the paper, from the CSVs of `benchmarks/results/`: similarity, fusion, recovery, cost."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from scipy.stats import bootstrap, spearmanr
+from study_claims import at_best_rate, budget_points, verdict
+
+from dha_utils.measure.perplexity import interval
+from dha_utils.plots import plain_log
+
+STEPS = {  # (method, allocation) of `benchmarks/training_free.py`
+    ("mean", "uniform"): "GQA: neighbours, mean",
+    ("spectral, standard planes", "uniform"): "spectral, standard planes",
+    ("spectral", "uniform"): "+ free planes",
+    ("spectral", "cost"): "+ searched groups, by energy",
+    ("spectral", "loss"): "+ by measured loss",
+    ("spectral", "refit"): "+ allocated for the refit",
+    ("spectral, attention refitted", "refit"): "+ attention refitted",
+    ("spectral, layers refitted", "refit"): "+ layers refitted",
+}
+DRAW = ["budget", "calibration_tokens", "seed"]  # what the rows of one calibration draw share
+MEASURES = ("weight_cka", "activation_cka", "cosine", "omega", "spectral")
+
+
+def rank_agreement(pairs, cost="divergence", resamples=1000, seed=0):
+    """Does a pair that is more alike cost less to fuse? −Spearman's ρ of similarity and measured cost, a row per measure.
+
+    `pairs`: the rows of `benchmarks/similarity.py`, all layers; `cost`: "divergence" or "rise". Columns
+    (kind, "ρ" | "low" | "high"): 1 would be the same order, 0 none; 95 % interval by bootstrap over the pairs.
+    """
+    table = {}
+    for kind, chosen in pairs.groupby("kind"):
+        for measure in MEASURES:
+            data = (chosen[measure].to_numpy(), chosen[cost].to_numpy())
+            drawn = bootstrap(
+                data,
+                lambda similarity, price: -spearmanr(similarity, price).statistic,
+                paired=True,
+                vectorized=False,
+                n_resamples=resamples,
+                method="percentile",
+                rng=seed,
+            ).confidence_interval
+            figures = {"ρ": -spearmanr(*data).statistic, "low": drawn.low, "high": drawn.high}
+            table.setdefault(measure, {}).update({(kind, name): value for name, value in figures.items()})
+    return pd.DataFrame(table).T
+
+
+def with_steps(rows):
+    """The rows of `benchmarks/training_free.py` that are a step of the ladder, named in a column `step`, in order."""
+    steps = pd.Series(list(zip(rows["method"], rows["allocation"])), index=rows.index).map(STEPS)
+    rows = rows.assign(step=pd.Categorical(steps, STEPS.values(), ordered=True)).dropna(subset="step").sort_values("step")
+    return rows.assign(step=rows["step"].cat.remove_unused_categories())
+
+
+def step_table(rows):
+    """Mean perplexity over the draws: a row per step of the ladder, a column per head budget, the largest first."""
+    table = with_steps(rows).pivot_table(index="step", columns="budget", values="perplexity", observed=True)
+    return table.sort_index(axis=1, ascending=False)
+
+
+def step_gains(rows):
+    """What each step multiplies the perplexity by, against the one measured before it on the same draw; mean over draws."""
+    losses = with_steps(rows).pivot_table(index="step", columns=["budget", "seed"], values="perplexity", observed=True)
+    gains = (losses / losses.shift()).reindex(list(STEPS.values())[1:])
+    return gains.T.groupby("budget").mean().T.sort_index(axis=1, ascending=False)
+
+
+def low_rank(rows):
+    """Perplexity of the low-rank caches, the better allocation of ranks, by `DRAW`."""
+    return rows[rows["method"] == "low rank"].groupby(DRAW)["perplexity"].min()
+
+
+def against_low_rank(rows):
+    """The refitted model against a low-rank cache of the same size, made from the same text.
+
+    A row per head budget and size of the text; 95 % interval of the ratio over the draws.
+    """
+    refitted = rows[rows["method"] == "spectral, layers refitted"].rename(columns={"perplexity": "DHA"})
+    pairs = refitted.merge(low_rank(rows).rename("low rank"), on=DRAW)
+    table, cases = {}, DRAW[:2]
+    for case, pair in pairs.groupby(cases):
+        mean, low, high = interval(pair["DHA"] / pair["low rank"])
+        figures = {"DHA / low rank": mean, "low": low, "high": high, "draws": len(pair)}
+        table[case] = dict(pair[["DHA", "low rank"]].mean()) | figures | {"DHA is lower": verdict(1 - high, 1 - low)}
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis(cases).sort_index(ascending=[False, True])
+
+
+def ladder(rows, title):
+    """Perplexity from mean pooling to the best, step by step: a line per head budget, mean and range over the draws.
+
+    `rows`: of `benchmarks/training_free.py`, one size of text; the low-rank caches of the same size are dashed lines.
+    """
+    figure, axis = plt.subplots(figsize=(9.5, 5), layout="constrained")
+    baseline = low_rank(rows).groupby("budget").mean()
+    for budget, (name, color) in budget_points(with_steps(rows), "step", axis).items():
+        axis.axvline(baseline[budget], color=color, linestyle="--", label=f"low rank, {name}")
+    axis.axvline(rows["base_perplexity"].mean(), color="black", linestyle=":", label="source")
+    axis.set(title=title, xlabel="validation perplexity (log scale; lower is better)", xscale="log", ylabel=None)
+    plain_log(axis.xaxis)
+    axis.legend(title="heads kept", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def growth(costs):
+    """How seconds and memory grow with each dimension of a random model: the exponent of a power law through its cases.
+
+    `costs`: rows of `benchmarks/conversion_cost.py`, one size of text.
+    """
+    table = {}
+    for dimension in ("layers", "heads", "hidden"):
+        cases = costs[costs["case"].str.startswith((dimension, "base"))]
+        total = cases.groupby(dimension).agg(seconds=("seconds", "sum"), peak_mib=("peak_mib", "max"))
+        sizes = np.log(total.index.to_numpy(dtype=float))
+        table[dimension] = {column: np.polyfit(sizes, np.log(total[column]), 1)[0] for column in total}
+    return pd.DataFrame(table).T.rename_axis("grows with")
+
+
+def ways(rows):
+    """The rows of `benchmarks/recovery.py` with a column `method` that names start, loss and what was trained.
+
+    Of each, the runs at the learning rate that is best in the end, on the mean over the seeds.
+    """
+    losses = rows["loss"].map({"distil": "distilled", "lm": "LM loss"})
+    rows = rows.assign(method=rows["start"] + ", " + losses + ", " + rows["trainable"])
+    best = at_best_rate(rows[rows["tokens"] == rows["total_tokens"]])
+    return rows.merge(best[["method", "budget", "total_tokens", "learning_rate"]].drop_duplicates())
+
+
+def recovery_table(rows):
+    """Each way to recover after equal tokens and after equal seconds (those of the quickest), mean and range over seeds.
+
+    `rows`: of `ways`, of one model and one number of tokens, with the source as it was and with the same of its weights
+    trained on the same tokens. The loss after equal seconds is read off the line between its measured points.
+    """
+    control, rows = (rows[chosen] for chosen in (rows["start"] == "source", rows["start"] != "source"))
+    source = control.loc[control["tokens"] == 0, "perplexity"].mean()
+    trained = control[control["tokens"] == control["total_tokens"]].groupby("trainable")["perplexity"].mean()
+    quickest, table = rows["seconds"].min(), {}
+    for (budget, method), chosen in rows.groupby(["budget", "method"]):
+        runs = [run.sort_values("tokens") for _, run in chosen.groupby("seed")]
+        last = np.array([run["perplexity"].iloc[-1] for run in runs])
+        timed = [
+            np.exp(
+                np.interp(quickest / run["seconds"].iloc[0], run["tokens"] / run["tokens"].max(), np.log(run["perplexity"]))
+            )
+            for run in runs
+        ]
+        table[f"{budget:.1%}", method] = {
+            "start": np.mean([run["perplexity"].iloc[0] for run in runs]),
+            "after all tokens": last.mean(),
+            "lowest": last.min(),
+            "highest": last.max(),
+            "over the source": last.mean() / source,
+            "over it trained alike": last.mean() / trained[chosen["trainable"].iloc[0]],
+            "seeds": len(runs),
+            "seconds": chosen["seconds"].mean(),
+            f"after {quickest:,.0f} s": np.mean(timed),
+        }
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis(["budget", "way"])
+
+
+def beside_gqa(claims, here):
+    """What GQA has after N tokens, and what another way has after N/20 or fewer: a row per N, mean and worst case.
+
+    `claims`: of `benchmarks/paper_claims.py`, one head budget and the source, which stands there trained as GQA was;
+    `here`: columns tokens and perplexity of the other way, a row per seed, on the same validation text. The verdict holds
+    where the worst seed here is lower than the best of GQA.
+    """
+    table = {}
+    for tokens, rows in claims[claims["tokens"] > 0].groupby("tokens"):
+        gqa, source = (rows.loc[rows["method"] == method, "perplexity"] for method in ("GQA", "source"))
+        used = here.loc[here["tokens"] <= tokens / 20, "tokens"].max()
+        ours = here.loc[here["tokens"] == used, "perplexity"]
+        table[tokens] = {"GQA": gqa.mean(), "lowest": gqa.min(), "source": source.mean()}
+        table[tokens] |= {"tokens here": used, "here": ours.mean(), "highest here": ours.max()}
+        table[tokens]["here is lower"] = verdict(gqa.min() - ours.max(), gqa.max() - ours.min())
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("tokens of GQA")

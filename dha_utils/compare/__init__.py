@@ -1,0 +1,1 @@
+"""Notebook 05: the cost of a model, before and after."""

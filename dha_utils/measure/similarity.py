@@ -1,0 +1,130 @@
+"""How alike the heads of a checkpoint are (DHA §3 and B.1)."""
+
+import math
+
+import pandas as pd
+import torch
+from scipy.stats import bootstrap, spearmanr
+
+from ..sources.checkpoints import check_source
+from .energies import HeadEnergies, share
+from .moments import collect_moments, with_bias
+
+METRICS = ("weight_cka", "activation_cka", "spectral")
+
+
+@torch.no_grad()
+def head_similarity(model, blocks=None, metric="weight_cka"):
+    """Similarity of every two heads of a layer: {"query": [layers, H, H], "key": [layers, H_kv, H_kv], "value": same}.
+
+    `"weight_cka"`: linear CKA of the weights, as in the paper (B.1). `"activation_cka"`: linear CKA of the outputs
+    of the heads on `blocks`, centred (Kornblith et al. 2019). `"spectral"`: the share of energy that is kept if the two
+    heads are fused into one, gauge freedoms used (`energies.py`); without "query", which is not fused. All are 1 on the
+    diagonal, and at least 0; a head that is zero, as after pruning, is like no other by CKA, and free to fuse.
+
+    Raises ValueError if the metric is unknown, or needs calibration tokens and `blocks` is None, or for a DHA model.
+    """
+    check_source(model)
+    if metric not in METRICS:
+        raise ValueError(f"there is no metric {metric!r}: choose one of {', '.join(METRICS)}")
+    if blocks is None and metric != "weight_cka":
+        raise ValueError(f"the metric {metric!r} needs calibration text: pass blocks=token_blocks(tokenizer, texts)")
+    attentions = [layer.self_attn for layer in model.model.layers]
+    moments = [None] * len(attentions) if metric == "weight_cka" else collect_moments(model, blocks)
+    if metric == "spectral":
+        layers = [
+            _spectral_similarity(HeadEnergies.measure(attention, model.model.rotary_emb, its_moments))
+            for attention, its_moments in zip(attentions, moments)
+        ]
+    else:
+        layers = [_layer_cka(attention, its_moments) for attention, its_moments in zip(attentions, moments)]
+    return {name: torch.stack([layer[name] for layer in layers]).cpu() for name in layers[0]}
+
+
+def layer_redundancy(similarity):
+    """Mean similarity over the pairs of different heads, [layers, heads, heads] -> [layers]; NaN if there is one head."""
+    heads = similarity.shape[-1]
+    return (similarity.sum((1, 2)) - similarity.diagonal(dim1=1, dim2=2).sum(1)) / (heads * (heads - 1))
+
+
+def planted_contrast(similarities, copies):
+    """How well yardsticks tell planted copies from strangers: a table of distances (1 − similarity) per metric and kind.
+
+    `similarities`: {metric: `head_similarity` of a planted checkpoint}. Every `copies` neighbours are one head in disguise.
+    If all are copies of one, there are no strangers: NaN, and None for "told apart".
+    """
+    rows = {}
+    for metric, similarity in similarities.items():
+        for kind in ("key", "value"):
+            owner = torch.arange(similarity[kind].shape[-1]) // copies
+            same = (owner[:, None] == owner) & ~torch.eye(len(owner), dtype=torch.bool)
+            distance = (1 - similarity[kind]).clamp(min=0)
+            near, far = distance[:, same], distance[:, owner[:, None] != owner]
+            rows[metric, kind] = {
+                "copies, mean": near.mean().item(),
+                "copies, most": near.max().item(),
+                "strangers, least": far.min().item() if far.numel() else math.nan,
+                "strangers, mean": far.mean().item(),
+                "told apart": near.max().item() < far.min().item() if far.numel() else None,
+            }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["metric", "heads"])
+
+
+def cka(rows, middle):
+    """Linear CKA of heads `rows` [heads, d, n] with W_iᵀ M W_j in the place of W_iᵀ W_j, `middle` M [n, n]: [heads, heads].
+
+    DHA B.1: ‖W_iᵀW_j‖²_F / (‖W_iᵀW_i‖_F ‖W_jᵀW_j‖_F).
+    """
+    squared = torch.einsum("idn,nm,jem->ijde", rows, middle, rows).square().sum((2, 3))
+    norm = squared.diagonal().sqrt()
+    return (squared / torch.outer(norm, norm).clamp(min=torch.finfo(norm.dtype).tiny)).fill_diagonal_(1)
+
+
+def _layer_cka(attention, moments):
+    rows = {
+        name: with_bias(projection).float().unflatten(0, (-1, attention.head_dim))
+        for name, projection in (("query", attention.q_proj), ("key", attention.k_proj), ("value", attention.v_proj))
+    }
+    if moments is None:
+        middle = torch.eye(rows["key"].shape[-1]).to(rows["key"])
+    else:
+        middle = moments.plain - torch.outer(moments.mean, moments.mean)
+    return {name: cka(heads, middle) for name, heads in rows.items()}
+
+
+def _spectral_similarity(layer):
+    heads = range(len(layer.query_weight))
+    similarity = {"key": torch.eye(len(heads)), "value": torch.eye(len(heads))}
+    for name, cost in (("key", layer.key_cost), ("value", layer.value_cost)):
+        for i in heads:
+            for j in range(i):
+                lost, total = cost((i, j))
+                similarity[name][i, j] = similarity[name][j, i] = 1 - share(lost, total)
+    return similarity
+
+
+MEASURES = ("weight_cka", "activation_cka", "cosine", "omega", "spectral")
+
+
+def rank_agreement(pairs, cost="divergence", resamples=1000, seed=0):
+    """Does a pair that is more alike cost less to fuse? −Spearman's ρ of similarity and measured cost, one row per measure.
+
+    `pairs`: the rows of `benchmarks/similarity.py`, all layers; `cost`: "divergence" or "rise". Columns
+    (kind, "ρ" | "low" | "high"): 1 would be the same order, 0 none; 95 % interval by bootstrap over the pairs.
+    """
+    table = {}
+    for kind, chosen in pairs.groupby("kind"):
+        for measure in MEASURES:
+            data = (chosen[measure].to_numpy(), chosen[cost].to_numpy())
+            drawn = bootstrap(
+                data,
+                lambda similarity, price: -spearmanr(similarity, price).statistic,
+                paired=True,
+                vectorized=False,
+                n_resamples=resamples,
+                method="percentile",
+                rng=seed,
+            ).confidence_interval
+            figures = {"ρ": -spearmanr(*data).statistic, "low": drawn.low, "high": drawn.high}
+            table.setdefault(measure, {}).update({(kind, name): value for name, value in figures.items()})
+    return pd.DataFrame(table).T

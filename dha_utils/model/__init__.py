@@ -1,0 +1,1 @@
+"""The Decoupled-Head Attention model in transformers."""

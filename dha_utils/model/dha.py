@@ -1,0 +1,206 @@
+"""The Decoupled-Head Attention model: LLaMA with fewer, independently shared key and value heads (DHA §4.1).
+
+    head_h = softmax(q_h · k_{key_head_map[h]}ᵀ / √d) · v_{value_head_map[h]}
+
+A checkpoint saved from here loads through transformers' `Auto*` classes once `dha_utils` is imported.
+The parts of transformers used here beyond its public interface are named in tests/model/test_transformers.py.
+"""
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
+from transformers.cache_utils import StaticLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward, rotate_half
+from transformers.utils import TransformersKwargs
+
+from .config import DhaConfig
+
+# The arguments of a decoder layer to its attention, beyond the named ones. Any other is refused: 5.24 renamed the cache,
+# and a signature that swallows unknown names lost it without an error.
+KNOWN_ARGUMENTS = {*TransformersKwargs.__annotations__, "cache_position", "token_type_ids", "use_cache"}
+
+
+class DhaAttention(LlamaAttention):
+    """Attention over `n_k` key heads and `n_v` value heads, each with its own map from the query heads."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.num_key_value_groups = 1  # the maps expand, not transformers' repeat_kv
+        keys, values = config.head_counts()[layer_idx]
+        bias = config.attention_bias
+        self.k_proj = nn.Linear(config.hidden_size, keys * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, values * self.head_dim, bias=bias)
+        self.key_groups = QueryGroups(config.key_head_map[layer_idx])
+        self.value_groups = QueryGroups(config.value_head_map[layer_idx])
+        register_tables(self)
+
+    def tables(self):
+        """For each dimension of each key head, the column of the cos and sin tables that it turns with: [n_k, d]."""
+        frequencies = self.config.key_frequencies
+        planes = torch.tensor(frequencies[self.layer_idx]).repeat(1, 2) if frequencies else None
+        return {"key_planes": planes}
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, cache=None, **kwargs):
+        if unknown := kwargs.keys() - KNOWN_ARGUMENTS:
+            raise TypeError(f"DHA attention does not know the argument(s) {', '.join(sorted(unknown))}: leave them out")
+        cache = past_key_values if cache is None else cache  # transformers 5.23 says the one, 5.24 the other
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = self._rotate(query, key, *position_embeddings)
+        if cache is not None:  # an empty cache is falsy
+            self._check_cache(cache)
+            key, value = cache.update(key, value, self.layer_idx)
+        backend = self.config._attn_implementation
+        flat_mask = attention_mask is None or isinstance(attention_mask, torch.Tensor)  # FlexAttention has its own kind
+        if query.shape[2] == 1 and cache is not None and flat_mask and not self.training:
+            output, weights = self._decode(query, key, value, attention_mask)
+            weights = weights if backend == "eager" else None  # no other backend hands them out
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+            dropout = self.attention_dropout if self.training else 0.0
+            key, value = key[:, self.key_groups.group], value[:, self.value_groups.group]
+            output, weights = attend(
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _rotate(self, query, key, cos, sin):
+        """RoPE, each key head and its queries in the frequencies that the key head carries."""
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        if self.key_planes is None:
+            return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+        cos, sin = (table[:, 0, :, self.key_planes].transpose(1, 2) for table in (cos, sin))  # [batch, n_k, length, d]
+        key = key * cos + rotate_half(key) * sin
+        cos, sin = cos[:, self.key_groups.group], sin[:, self.key_groups.group]
+        return query * cos + rotate_half(query) * sin, key
+
+    def _decode(self, query, key, value, attention_mask):
+        """One new token over the cache as it is: grouped matrix products, no head is ever copied.
+
+        query [batch, heads, 1, d], key [batch, n_k, length, d], value [batch, n_v, length, d]. attention_mask: None,
+        [batch, 1 or heads, 1, length], of booleans or to be added, or FlashAttention's [batch, length], 0 where padded.
+        """
+        query = query * self.scaling
+        scores = self.key_groups.ungroup(self.key_groups.grouped(query) @ key.transpose(2, 3))
+        if attention_mask is not None:
+            mask = attention_mask[..., -scores.shape[-1] :]
+            mask = mask[:, None].bool() if mask.dim() == 2 else mask.squeeze(2)
+            lowest = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype).unsqueeze(2)
+        return self.value_groups.ungroup(self.value_groups.grouped(weights) @ value).unsqueeze(1), weights
+
+    def _check_cache(self, cache):
+        """Refuses a cache that cannot hold this layer's heads; a `DynamicCache()` has no layers before its first update."""
+        if self.layer_idx >= len(cache.layers):
+            return
+        layer, counts = cache.layers[self.layer_idx], (self.key_groups.count, self.value_groups.count)
+        if counts[0] != counts[1] and isinstance(layer, StaticLayer):
+            raise ValueError(
+                f"a static cache cannot hold {counts[0]} key heads beside {counts[1]} value heads (layer "
+                f"{self.layer_idx}): use the default dynamic cache"
+            )
+        for states, count, kind in zip((layer.keys, layer.values), counts, ("key", "value")):
+            if states is not None and states.dim() == 4 and states.shape[1] != count:
+                raise ValueError(
+                    f"the cache holds {states.shape[1]} {kind} heads in layer {self.layer_idx}, this layer {count}: prefix "
+                    "tuning and caches made by hand have one number of heads for all layers, keys and values"
+                )
+
+
+class QueryGroups(nn.Module):
+    """Which query heads share a head: `group` [heads] and, padded to the largest group, `members` [groups, size]."""
+
+    def __init__(self, head_map):
+        super().__init__()
+        self.head_map, self.count = head_map, max(head_map) + 1
+        register_tables(self)
+
+    def tables(self):
+        members = [[head for head, group in enumerate(self.head_map) if group == g] for g in range(self.count)]
+        size = max(map(len, members))
+        place = [group * size + members[group].index(head) for head, group in enumerate(self.head_map)]
+        padded = [heads + heads[:1] * (size - len(heads)) for heads in members]
+        return {name: torch.tensor(t) for name, t in [("group", self.head_map), ("members", padded), ("place", place)]}
+
+    def grouped(self, states):
+        """[batch, heads, 1, n] -> [batch, groups, size, n]"""
+        return states.squeeze(2)[:, self.members]
+
+    def ungroup(self, states):
+        """[batch, groups, size, n] -> [batch, heads, n]"""
+        return states.flatten(1, 2)[:, self.place]
+
+
+def register_tables(module):
+    for name, table in module.tables().items():
+        module.register_buffer(name, table, persistent=False)
+
+
+class DhaModel(LlamaModel):
+    config: DhaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = DhaAttention(config, index)
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, DhaAttention | QueryGroups):  # from_pretrained leaves such buffers unfilled
+            register_tables(module)
+
+
+class DhaForCausalLM(LlamaForCausalLM):
+    config: DhaConfig
+
+    def __init__(self, config):
+        super(LlamaForCausalLM, self).__init__(config)  # not LlamaForCausalLM's own: it would build a LlamaModel
+        self.model = DhaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError(
+            "continuous batching (generate_batch) has one number of heads for all layers, keys and values: use generate, "
+            "or dha_utils.to_llama where the plan allows it"
+        )
+
+
+class DhaPreTrainedModel(LlamaPreTrainedModel):
+    config: DhaConfig
+
+
+class DhaForSequenceClassification(GenericForSequenceClassification, DhaPreTrainedModel):
+    pass
+
+
+class DhaForTokenClassification(GenericForTokenClassification, DhaPreTrainedModel):
+    pass
+
+
+AutoConfig.register("dha", DhaConfig, exist_ok=True)
+
+
+for auto, model_class in (
+    (AutoModel, DhaModel),
+    (AutoModelForCausalLM, DhaForCausalLM),
+    (AutoModelForSequenceClassification, DhaForSequenceClassification),
+    (AutoModelForTokenClassification, DhaForTokenClassification),
+):
+    auto.register(DhaConfig, model_class, exist_ok=True)

@@ -1,0 +1,125 @@
+"""The search for the groups of heads that lose least by sharing.
+
+Costs are functions of a group (a tuple of source heads); the cost of a partition is their sum.
+"""
+
+from functools import lru_cache
+from itertools import combinations
+
+import torch
+from tqdm import tqdm
+
+from ..fuse.mean import mean_cost
+from ..fuse.model import check_method
+from ..measure.energies import head_energies
+from .head_plan import HeadPlan
+
+EXACT_HEADS = 9  # Up to here every partition is looked at: 21,147 of them at 9 heads
+
+
+def pairwise_cost(matrix):
+    """A group's cost from a [heads, heads] matrix of pairwise costs: the sum over its pairs."""
+    return lambda group: float(sum(matrix[i][j] for i, j in combinations(group, 2)))
+
+
+def best_partitions(cost, heads):
+    """For n = 1 … heads, the partition of the heads into n groups of least cost: a list of (cost, groups).
+
+    Exact by dynamic programming over subsets up to 9 heads; beyond, merges that cost least, each followed by moves and
+    swaps of single heads until none helps.
+    """
+    cost = lru_cache(maxsize=None)(cost)
+    search = _enumerate if heads <= EXACT_HEADS else _agglomerate
+    return [(total, sorted(map(list, groups))) for total, groups in search(cost, heads)]
+
+
+def _enumerate(cost, heads):
+    full = (1 << heads) - 1
+    members = [tuple(h for h in range(heads) if mask >> h & 1) for mask in range(full + 1)]
+    price = [0.0] + [cost(group) for group in members[1:]]
+    best = [{0: (0.0, ())}]  # best[n][mask]: the least cost of splitting mask into n groups
+    for _ in range(heads):
+        table = {}
+        for mask in range(1, full + 1):
+            lowest, rest = mask & -mask, mask & (mask - 1)
+            part = rest
+            while True:  # every subset of mask that holds its lowest head
+                group, remainder = part | lowest, mask ^ part ^ lowest
+                if remainder in best[-1]:
+                    total = price[group] + best[-1][remainder][0]
+                    if mask not in table or total < table[mask][0]:
+                        table[mask] = (total, (*best[-1][remainder][1], members[group]))
+                if part == 0:
+                    break
+                part = (part - 1) & rest
+        best.append(table)
+    return [best[n][full] for n in range(1, heads + 1)]
+
+
+def _agglomerate(cost, heads):
+    groups = [(h,) for h in range(heads)]
+    results = []
+    while True:
+        groups = _improve(cost, groups)
+        results.append((sum(map(cost, groups)), tuple(groups)))
+        if len(groups) == 1:
+            return results[::-1]
+        a, b = min(combinations(groups, 2), key=lambda pair: cost(_union(*pair)) - cost(pair[0]) - cost(pair[1]))
+        groups = [group for group in groups if group not in (a, b)] + [_union(a, b)]
+
+
+def _union(a, b):
+    return tuple(sorted(a + b))
+
+
+def _improve(cost, groups):
+    """Move one head, or swap two of different groups, as long as the best such step lowers the cost."""
+    while True:
+        best, step = -1e-12, None
+        for a, b in combinations(groups, 2):
+            for heads_a in ((), *((h,) for h in a)):
+                for heads_b in ((), *((h,) for h in b)):
+                    new_a = tuple(sorted(set(a) - set(heads_a) | set(heads_b)))
+                    new_b = tuple(sorted(set(b) - set(heads_b) | set(heads_a)))
+                    if not new_a or not new_b or (new_a, new_b) == (a, b):
+                        continue
+                    change = cost(new_a) + cost(new_b) - cost(a) - cost(b)
+                    if change < best:
+                        best, step = change, (a, b, new_a, new_b)
+        if step is None:
+            return groups
+        a, b, new_a, new_b = step
+        groups = [group for group in groups if group not in (a, b)] + [new_a, new_b]
+
+
+def group_heads(model, blocks, method="spectral", energies=None):
+    """For each layer and kind, the best partition into n = 1 … heads groups: [layer][kind][n − 1] = (cost, groups).
+
+    Costs are relative: the share lost of the energy of all heads of that layer and kind.
+    """
+    check_method(method)
+    if method == "spectral" and energies is None:
+        energies = head_energies(model, blocks)
+    partitions = []
+    for index, layer in enumerate(tqdm(model.model.layers, "grouping", leave=False)):
+        costs = energies[index].costs() if method == "spectral" else mean_cost(layer.self_attn)
+        partitions.append([best_partitions(cost, model.config.num_key_value_heads) for cost in costs])
+    return partitions
+
+
+def plan_of_counts(partitions, counts):
+    """The `HeadPlan` that keeps counts[layer] = (key heads, value heads), in the best groups."""
+    key, value = ([layer[kind][count[kind] - 1][1] for layer, count in zip(partitions, counts)] for kind in range(2))
+    return HeadPlan(key, value)
+
+
+def partition_costs(partitions):
+    """[layers, 2, heads]: the relative cost of keeping n = 1 … heads key (value) heads, never rising with n."""
+    return monotone(torch.tensor([[[cost for cost, _ in kind] for kind in layer] for layer in partitions]))
+
+
+def monotone(prices):
+    """No price rises with the number of heads, and all heads cost nothing: measured noise would break both."""
+    prices = prices.clone()
+    prices[..., -1] = 0
+    return prices.flip(-1).cummax(-1).values.flip(-1)

@@ -1,0 +1,1 @@
+"""Notebook 04: training, to win back the rest."""

@@ -1,0 +1,1 @@
+"""Where models and text come from, and where models go to."""

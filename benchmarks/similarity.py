@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch.nn.functional import normalize
+from torch.nn.functional import kl_div, normalize
 from tqdm import tqdm
 
 from dha_utils import head_similarity, load_checkpoint, load_text, token_blocks
 from dha_utils.measure.energies import head_energies
 from dha_utils.measure.moments import with_bias
-from dha_utils.measure.perplexity import block_losses, log_probabilities, scored_tokens
+from dha_utils.measure.perplexity import log_probabilities, scored_tokens, true_losses
 from dha_utils.paper.search import search_scores
-from dha_utils.plan.prices import KINDS, fused_in_place, layer_inputs, mean_divergence
+from dha_utils.plan.prices import KINDS, predictions, shared_in_place
 from dha_utils.runs import ROOT, write_whole
 
 HERE = Path(__file__).parent
@@ -59,6 +59,24 @@ def omega_similarity(scores, heads):
     }
 
 
+def block_losses(predictions, tokens):
+    """Mean LM loss, nats a token, of each block: [blocks], from log-probabilities of the true `tokens` [blocks, n]."""
+    return torch.stack([true_losses(prediction, block).mean() for prediction, block in zip(predictions, tokens)])
+
+
+@torch.no_grad()
+def layer_inputs(model, blocks):
+    """The hidden states [blocks, length, hidden] that enter each layer."""
+    states = [model.model(block[None].to(model.device), output_hidden_states=True, use_cache=False) for block in blocks]
+    return [torch.cat(layer) for layer in zip(*(state.hidden_states[:-1] for state in states))]
+
+
+def mean_divergence(predictions, reference):
+    """KL divergence from the `reference`, nats a token; both are `log_probabilities` of the same tokens."""
+    pairs = zip(predictions, reference)
+    return torch.stack([kl_div(new, old, reduction="batchmean", log_target=True) for new, old in pairs]).mean()
+
+
 @torch.no_grad()
 def measured_costs(model, fitted, held_out):
     """For every (layer, kind, i, j) what it costs that the pair shares a head, in nats a token: a dictionary of columns.
@@ -73,13 +91,15 @@ def measured_costs(model, fitted, held_out):
     cases = product(range(len(energies)), KINDS, combinations(range(heads), 2))
     for index, kind, (i, j) in tqdm(list(cases), "pairs"):
         groups = [[i, j], *([head] for head in range(heads) if head not in (i, j))]
-        with fused_in_place(model, index, kind, groups, energies):
-            predictions = list(log_probabilities(model, held_out, index, inputs[index]))
-        rises = block_losses(predictions, held_out[:, 1:]) - base
+        alone = [[head] for head in range(heads)]
+        pair = (groups, alone) if kind == "key" else (alone, groups)
+        with shared_in_place(model.config, model.model.layers[index], *pair, energies[index]):
+            fused = [predictions(model, index, states[None], every=1)[0] for states in inputs[index]]
+        rises = block_losses(fused, held_out[:, 1:]) - base
         costs[index, kind, i, j] = {
             "rise": rises.mean().item(),
             "standard_error": (rises.std() / len(rises) ** 0.5).item(),
-            "divergence": mean_divergence(predictions, reference).item(),
+            "divergence": mean_divergence(fused, reference).item(),
         }
     return costs
 

@@ -6,7 +6,7 @@ import torch
 
 from ..measure.moments import with_bias
 from ..model.config import DhaConfig
-from ..model.dha import DhaAttention
+from ..model.dha import DhaAttention, register_tables
 from .mean import mean_head
 from .spectral import fuse_keys, fuse_values
 
@@ -52,7 +52,7 @@ def weights_by_name(attention, rows, output):
     """The state dict of a fused attention from {projection: its rows, as of `with_bias`} and the weight of o_proj."""
     weights = {"o_proj.weight": output}
     if attention.o_proj.bias is not None:
-        weights["o_proj.bias"] = attention.o_proj.bias
+        weights["o_proj.bias"] = attention.o_proj.bias.detach().clone()
     for name, weight in rows.items():
         if attention.q_proj.bias is not None:
             weights[f"{name}.bias"], weight = weight[:, -1], weight[:, :-1]
@@ -88,6 +88,10 @@ def fused_attention(config, fused_layer):
     """A `DhaAttention` module that can stand in for the source's attention of that layer (no cache)."""
     settings = dha_config(config, [fused_layer])
     settings._attn_implementation = config._attn_implementation
-    module = DhaAttention(settings, 0)
-    module.load_state_dict(fused_layer.weights)
-    return module.to(fused_layer.weights["q_proj.weight"]).eval()
+    with torch.device("meta"):  # no random weights are drawn to be overwritten
+        module = DhaAttention(settings, 0)
+    module.load_state_dict(fused_layer.weights, assign=True)
+    for part in module.modules():
+        if hasattr(part, "tables"):
+            register_tables(part)
+    return module.to(fused_layer.weights["q_proj.weight"].device).eval()

@@ -11,7 +11,15 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ..measure.moments import attention_backend
+from ..measure.stream import (
+    after_attention,
+    after_layer,
+    attention_backend,
+    each_block,
+    each_layer,
+    first_stream,
+    in_float32,
+)
 from ..sources.checkpoints import check_source
 
 EXACT = 1e-9  # a relative squared error that is rounding: nothing to mend
@@ -42,48 +50,52 @@ def refit(fused, source, blocks, epochs=2, learning_rate=2e-3, layer_epochs=1, l
     if len(blocks) < 4:
         raise ValueError(f"a refit needs at least 4 calibration blocks, to hold one out, not {len(blocks)}")
     fused, random = copy.deepcopy(fused).requires_grad_(True), torch.Generator().manual_seed(seed)
-    blocks = blocks.to(source.device)
-    with torch.no_grad():
-        source_stream = source.model.embed_tokens(blocks).float()  # enters the layer in the source …
-        fused_stream = source_stream.clone()  # … and in the fused model
-        rope_cos_sin = source.model.rotary_emb(source_stream, torch.arange(blocks.shape[1], device=blocks.device)[None])
-    rows = []
+    source_stream, rope_cos_sin = first_stream(source, blocks)
+    fused_stream, rows = source_stream.clone(), []
+    settings = {"epochs": epochs, "learning_rate": learning_rate}
+    settings |= {"layer_epochs": layer_epochs, "layer_learning_rate": layer_learning_rate}
     with attention_backend("sdpa", source, fused):  # by hand, without a mask, others are not causal
-        for index, pair in enumerate(tqdm(list(zip(source.model.layers, fused.model.layers)), "refit", leave=False)):
-            source_layer, layer = map(in_float32, pair)
-            behind = {
-                output: each_block(output, source_layer, source_stream, rope_cos_sin)
-                for output in (after_attention, after_layer)
-            }
-            fit = LayerFit(layer, fused_stream, behind, rope_cos_sin, fused.dtype)
-            stages = {
-                "attention": fit.improve(after_attention, layer.self_attn, epochs, learning_rate, random),
-                "output": fit.solve_output(),
-                "layer": fit.improve(after_layer, layer, layer_epochs, layer_learning_rate, random),
-            }
-            rows += [{"layer": index, "stage": stage} | errors for stage, errors in stages.items()]
-            pair[1].load_state_dict(layer.state_dict())
-            source_stream, fused_stream = (
-                behind[after_layer],
-                each_block(after_layer, in_float32(pair[1]), fused_stream, rope_cos_sin),
+        for index, source_layer in tqdm(each_layer(source), "refit", len(fused.model.layers), leave=False):
+            layer = in_float32(fused.model.layers[index])
+            errors, source_stream, fused_stream = refit_layer(
+                source_layer, layer, source_stream, fused_stream, rope_cos_sin, random, fused.dtype, **settings
             )
+            fused.model.layers[index].load_state_dict(layer.state_dict())
+            rows += [{"layer": index, "stage": stage} | error for stage, error in errors.items()]
     return fused, pd.DataFrame(rows).set_index(["layer", "stage"])
 
 
-def in_float32(layer):
-    """The layer itself, or a copy if it is of another dtype."""
-    return layer if next(layer.parameters()).dtype == torch.float32 else copy.deepcopy(layer).float()
+def refit_layer(
+    source_layer,
+    layer,
+    source_stream,
+    fused_stream,
+    rope_cos_sin,
+    random,
+    dtype=torch.float32,
+    epochs=2,
+    learning_rate=2e-3,
+    layer_epochs=1,
+    layer_learning_rate=3e-4,
+):
+    """Fits one fused decoder `layer`, in place, to its `source_layer`, both in float32: `refit` says how.
 
-
-def after_attention(layer, hidden_states, rope_cos_sin):
-    """The residual stream behind the attention of a decoder layer: [batch, length, hidden]."""
-    normed = layer.input_layernorm(hidden_states)
-    return hidden_states + layer.self_attn(normed, position_embeddings=rope_cos_sin, attention_mask=None)[0]
-
-
-def after_layer(layer, hidden_states, rope_cos_sin):
-    """The residual stream behind a decoder layer: [batch, length, hidden]."""
-    return layer(hidden_states, position_embeddings=rope_cos_sin)
+    The streams [blocks, length, hidden] are those that enter the layer in the source and in the fused model; `random`: the
+    generator of the order of the blocks; `dtype`: the one that the weights will be kept in, to which they are rounded.
+    Returns (errors {stage: …}, the source's stream behind the layer, the fused model's).
+    """
+    device = rope_cos_sin[0].device
+    behind = {
+        output: each_block(output, source_layer, source_stream, rope_cos_sin).to(device)
+        for output in (after_attention, after_layer)
+    }
+    fit = LayerFit(layer, fused_stream.to(device), behind, rope_cos_sin, dtype)
+    errors = {
+        "attention": fit.improve(after_attention, layer.self_attn, epochs, learning_rate, random),
+        "output": fit.solve_output(),
+        "layer": fit.improve(after_layer, layer, layer_epochs, layer_learning_rate, random),
+    }
+    return errors, behind[after_layer].cpu(), each_block(after_layer, layer, fused_stream, rope_cos_sin)
 
 
 class LayerFit:
@@ -169,11 +181,6 @@ class LayerFit:
                 self.loss(output, chosen).backward()
                 optimizer.step()
                 schedule.step()
-
-
-@torch.no_grad()
-def each_block(output, layer, states, rope_cos_sin):
-    return torch.cat([output(layer, block[None], rope_cos_sin) for block in states])
 
 
 def error_change(move, energy, cross):

@@ -60,18 +60,18 @@ class HeadEnergies:
     def measure(cls, attention, rotary, moments, free_frequencies=True):
         d = attention.head_dim
         plain, seen, attended = (moment.double() for moment in (moments.plain, moments.seen, moments.attended))
-        key, query = key_and_query_planes(attention)
-        weight = torch.einsum("kgpn,nm,kgpm->kp", query.conj(), plain.to(query.dtype), query).real.clamp(min=0).sqrt()
-        hidden = plane_coherence(rotary)
-        scaled = key * weight[..., None]
+        key, query, value = (with_bias(p).double() for p in (attention.k_proj, attention.q_proj, attention.v_proj))
+        output = attention.o_proj.weight.double().T.unflatten(0, (len(key) // d, -1, d))  # [heads, queries, d, hidden]
+        weight = (as_planes(query @ plain, d).conj() * as_planes(query, d)).real.sum(-1)  # [query heads, d/2]
+        weight = weight.unflatten(0, (len(output), -1)).sum(1).clamp(min=0).sqrt()
         seen_energy, attended_energy = (
-            torch.einsum("hpn,kpn->phk", scaled.conj() @ moment.to(key.dtype), scaled) for moment in (seen, attended)
+            torch.einsum("hpn,kpn->phk", as_planes(key @ moment, d).conj(), as_planes(key, d))
+            * torch.einsum("hp,kp->phk", weight, weight)
+            for moment in (seen, attended)
         )
-        value = with_bias(attention.v_proj).double()
-        output = attention.o_proj.weight.double().T.unflatten(0, (len(key), -1, d))  # [heads, queries, d, hidden]
         return cls(
             weight,
-            seen_energy - hidden[:, None, None] * attended_energy,
+            seen_energy - plane_coherence(rotary)[:, None, None] * attended_energy,
             value @ attended @ value.T,
             matrix_sqrt((output @ output.mT).sum(1)),
             free_frequencies,

@@ -1,6 +1,5 @@
 """Second moments of the inputs of each attention layer on a calibration text, gathered in one pass."""
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..sources.checkpoints import check_source
+from .stream import after_mlp, attention_backend, causal_mask, each_layer, first_stream
 
 EVERY = 4  # one query in so many tells its attention: its neighbours see nearly the same
 
@@ -28,56 +28,41 @@ class LayerMoments:
     seen: Tensor
 
 
-@contextmanager
-def attention_backend(name, *models):
-    """The `models` compute their attention by transformers' backend `name`, without dropout, in a `with` block."""
-    before = [(model.config._attn_implementation, model.training) for model in models]
-    for model in models:
-        model.eval().set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        for model, (own, training) in zip(models, before):
-            model.train(training).set_attn_implementation(own)
-
-
-@torch.no_grad()
 def collect_moments(model, blocks):
     """One `LayerMoments` per layer of a LLaMA `model`, from `blocks` [blocks, length] of calibration tokens.
 
-    In float32 whatever the model's dtype: products of activations overflow in float16, and sums lose digits in bfloat16.
-
-    Raises ValueError as `check_source` does, or if an activation is not finite.
+    Raises ValueError as `check_source` and `layer_moments` do.
     """
     check_source(model)
-    layers = [layer.self_attn for layer in model.model.layers]
-    inputs, sums = [None] * len(layers), [None] * len(layers)
+    stream, rope_cos_sin = first_stream(model, blocks)
+    collected = []
+    with attention_backend("eager", model):  # the only one that hands out attention weights
+        for _, layer in tqdm(each_layer(model), "moments", len(model.model.layers), leave=False):
+            moments, stream = layer_moments(layer, stream, rope_cos_sin)
+            collected.append(moments)
+    return collected
 
-    def watch(index, attention):
-        def keep(q_proj, args):
-            inputs[index] = args[0][0]
 
-        def record(attention, args, output):
-            update = _moments(append_bias_input(attention, inputs[index].float()), output[1][0].float())
-            sums[index] = update if sums[index] is None else [a + b for a, b in zip(sums[index], update)]
+@torch.no_grad()
+def layer_moments(layer, stream, rope_cos_sin):
+    """(`LayerMoments` of one layer under eager attention, the stream [blocks, length, hidden] behind the layer).
 
-        return attention.q_proj.register_forward_pre_hook(keep), attention.register_forward_hook(record)
-
-    hooks = [hook for index, attention in enumerate(layers) for hook in watch(index, attention)]
-    try:
-        with attention_backend("eager", model):  # the only one that hands out attention weights
-            for block in tqdm(blocks, "moments", leave=False):
-                model.model(block[None].to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for index, layer in enumerate(sums):
-        if not all(total.isfinite().all() for total in layer):
-            raise ValueError(
-                f"the attention of layer {index} is not finite: the checkpoint has NaN or infinite weights, or overflows "
-                f"in {model.dtype}: try bfloat16 or float32"
-            )
-    return [LayerMoments(*(total / len(blocks) for total in layer)) for layer in sums]
+    Raises ValueError if an activation is not finite.
+    """
+    attention, device = layer.self_attn, rope_cos_sin[0].device
+    mask, sums, behind = causal_mask(stream.shape[1], device), None, []
+    for block in stream:
+        states = block[None].to(device)
+        x = layer.input_layernorm(states)
+        output, weights = attention(x, position_embeddings=rope_cos_sin, attention_mask=mask)
+        moments = _moments(append_bias_input(attention, x[0]), weights[0])
+        sums = moments if sums is None else [total + new for total, new in zip(sums, moments)]
+        behind.append(after_mlp(layer, states + output).to(stream.device))
+    if not all(total.isfinite().all() for total in sums):
+        raise ValueError(
+            f"the attention of layer {attention.layer_idx} is not finite: the checkpoint has NaN or infinite weights"
+        )
+    return LayerMoments(*(total / len(stream) for total in sums)), torch.cat(behind)
 
 
 def _moments(x, weights):

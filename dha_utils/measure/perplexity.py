@@ -17,27 +17,16 @@ def true_losses(prediction, tokens):
     return nll_loss(prediction, tokens.to(prediction.device), reduction="none")
 
 
-def block_losses(predictions, tokens):
-    """Mean LM loss, nats a token, of each block: [blocks], from log-probabilities of the true `tokens` [blocks, n]."""
-    return torch.stack([true_losses(prediction, block).mean() for prediction, block in zip(predictions, tokens)])
-
-
 @torch.no_grad()
-def log_probabilities(model, blocks, first_layer=0, hidden_states=None, every=1):
-    """Yields, block by block, the log-probabilities of the tokens after the first: [length − 1, vocabulary].
-
-    With `every` n, only of each n-th of them, block[1::n]: with a large vocabulary the head costs as much as the layers.
-    With `hidden_states` [blocks, length, hidden], the states that enter layer `first_layer`, the model runs from there on.
-    """
-    layers, training = model.model.layers, model.training
-    model.eval().model.layers = layers[first_layer:]
+def log_probabilities(model, blocks):
+    """Yields, block by block, the log-probabilities of the tokens after the first: [length − 1, vocabulary]."""
+    training = model.training
+    model.eval()
     try:
-        for index, block in enumerate(blocks.to(model.device)):
-            inputs = {"input_ids": block[None]} if hidden_states is None else {"inputs_embeds": hidden_states[[index]]}
-            kept = torch.arange(0, len(block) - 1, every, device=model.device)
-            yield model(**inputs, use_cache=False, logits_to_keep=kept).logits[0].float().log_softmax(-1)
+        for block in blocks.to(model.device):
+            kept = torch.arange(len(block) - 1, device=model.device)
+            yield model(input_ids=block[None], use_cache=False, logits_to_keep=kept).logits[0].float().log_softmax(-1)
     finally:
-        model.model.layers = layers
         model.train(training)
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ..fuse.mean import mean_cost
 from ..fuse.model import check_method
 from ..measure.energies import head_energies
+from ..measure.stream import each_layer
 from .head_plan import HeadPlan
 
 EXACT_HEADS = 9  # Up to here every partition is looked at: 21,147 of them at 9 heads
@@ -100,11 +101,15 @@ def group_heads(model, blocks, method="spectral", energies=None):
     check_method(method)
     if method == "spectral" and energies is None:
         energies = head_energies(model, blocks)
-    partitions = []
-    for index, layer in enumerate(tqdm(model.model.layers, "grouping", leave=False)):
-        costs = energies[index].costs() if method == "spectral" else mean_cost(layer.self_attn)
-        partitions.append([best_partitions(cost, model.config.num_key_value_heads) for cost in costs])
-    return partitions
+    layers = tqdm(each_layer(model), "grouping", len(model.model.layers), leave=False)
+    return [layer_partitions(layer.self_attn, energies[index] if energies else None) for index, layer in layers]
+
+
+def layer_partitions(attention, energies=None):
+    """`group_heads` for one layer: [kind][n − 1] = (cost, groups), judged by mean pooling if there are no `energies`."""
+    heads = attention.k_proj.out_features // attention.head_dim
+    costs = energies.costs() if energies else mean_cost(attention)
+    return [best_partitions(cost, heads) for cost in costs]
 
 
 def plan_of_counts(partitions, counts):
@@ -122,4 +127,9 @@ def monotone(prices):
     """No price rises with the number of heads, and all heads cost nothing: measured noise would break both."""
     prices = prices.clone()
     prices[..., -1] = 0
-    return prices.flip(-1).cummax(-1).values.flip(-1)
+    return never_rising(prices)
+
+
+def never_rising(prices):
+    """Along the last dimension, each at least the largest of those behind it."""
+    return prices.flip(-1).cummax(-1).values.flip(-1) if prices.shape[-1] else prices

@@ -6,61 +6,162 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import torch
+from scipy.interpolate import PchipInterpolator
 from torch.nn.functional import kl_div
 from tqdm import tqdm
 
 from ..fuse.layer import fuse_layer, fused_attention
-from ..fuse.model import fuse
-from ..measure.energies import head_energies
-from ..measure.perplexity import block_losses, log_probabilities
-from .partition import group_heads, monotone, plan_of_counts
+from ..fuse.model import check_method
+from ..measure.energies import HeadEnergies
+from ..measure.moments import layer_moments
+from ..measure.perplexity import true_losses
+from ..measure.stream import (
+    after_attention,
+    after_layer,
+    after_mlp,
+    attention_backend,
+    each_block,
+    each_layer,
+    first_stream,
+    next_token_scores,
+)
+from .gradients import residual_gradients
+from .partition import EXACT_HEADS, layer_partitions, monotone, never_rising
 
 KINDS = ("key", "value")
-
-
+ALONE = ("measured", "layer")  # ways to the price of one layer alone
 REFIT_LEAVES = (0.4, 1.0)  # of the cost of shared keys and of shared values
-
-
 MEASURED_PIECES, MEASURED_TOKENS = 8, 1024  # many short pieces: texts differ more than the tokens of one do
+PREDICTED_EVERY = 2  # one token in so many is predicted: with a large vocabulary the head costs as much as the layers
 
 
-@torch.no_grad()
-def loss_increase(model, blocks, method="spectral"):
+def loss_increase(model, blocks, method="spectral", alone="measured"):
     """[layers, 2, heads]: the increase of the LM loss (nats per token) if one layer keeps n = 1 … heads key (value) heads.
 
     `blocks` [blocks, length]: calibration tokens. `MEASURED_PIECES` of them, at most half, cut to `MEASURED_TOKENS` in
     all, measure; the others make the groups and the fusion: measured on the text it was fitted to, sharing looks cheaper
-    than it is, values most. A single increase is estimated by the KL divergence from the source's predictions: that of the
-    loss on so few tokens is noise, for a layer that matters little even in its sign. Single divergences add up to less than
-    all layers cost together, by another factor for keys than for values; so they are scaled to the increase of the loss
-    with n heads in every layer at once. Forced never to rise with n.
+    than it is, values most. The increase by one layer alone is estimated by the KL divergence from the source's
+    predictions: that of the loss on so few tokens is noise, for a layer that matters little even in its sign. `alone`:
+    "measured", by running the rest of the model; "layer", to second order, from that layer and one backward pass
+    (`residual_gradients`), for models that are read a layer at a time. Single divergences add up to less than all layers
+    cost together, by another factor for keys than for values; so they are scaled to the increase of the loss with n heads
+    in every layer at once. Measured for the n of `head_grid`, between them interpolated; never rising with n.
 
-    Raises ValueError with fewer than two blocks.
+    Raises ValueError with fewer than two blocks, or if `alone` is unknown.
     """
-    if len(blocks) < 2:
-        raise ValueError("measuring losses needs at least 2 calibration blocks: some make the fusion, others measure it")
-    fitted, held_out = split_blocks(blocks)
-    energies = head_energies(model, fitted) if method == "spectral" else None
-    partitions = group_heads(model, fitted, method, energies)
-    heads = model.config.num_key_value_heads
-    inputs, reference = layer_inputs(model, held_out), list(log_probabilities(model, held_out, every=2))
-    true = held_out[:, 1::2]
-    base = block_losses(reference, true).mean()
-    divergences, together = torch.zeros(len(partitions), 2, heads), torch.zeros(2, heads)
-    with tqdm(total=divergences[..., 1:].numel(), desc="measuring losses", leave=False) as steps:
-        for kind, n in product(range(2), range(1, heads)):
-            for index in range(len(partitions)):
-                groups = partitions[index][kind][n - 1][1]
-                with fused_in_place(model, index, KINDS[kind], groups, energies):
-                    predictions = log_probabilities(model, held_out, index, inputs[index], every=2)
-                    divergences[index, kind, n - 1] = mean_divergence(predictions, reference)
-                steps.update()
-            counts = [[n, heads] if kind == 0 else [heads, n]] * len(partitions)
-            fused = fuse(model, plan_of_counts(partitions, counts), method=method, energies=energies)
-            together[kind, n - 1] = block_losses(log_probabilities(fused, held_out, every=2), true).mean() - base
-    divergences = monotone(divergences)
-    scale = together / divergences.sum(0).clamp(min=1e-6)
-    return monotone(divergences * scale.clamp(min=0))
+    walk = PriceWalk(model, blocks, method, alone)
+    steps = tqdm(each_layer(model), "pricing", len(model.model.layers), leave=False)
+    return walk.prices([walk.price(index, layer)[1] for index, layer in steps])
+
+
+class PriceWalk:
+    """The walk through the layers of `loss_increase`.
+
+    `streams` {name: [blocks, length, hidden]}, all before the same layer: "fitted" and "held out" of the source, and of the
+    held-out pieces in a model all of whose layers share, "key n" and "value n" by the number of heads they keep.
+    """
+
+    def __init__(self, model, blocks, method="spectral", alone="measured"):
+        check_method(method)
+        if alone not in ALONE:
+            raise ValueError(f"there is no way {alone!r} to price one layer alone: choose one of {', '.join(ALONE)}")
+        if len(blocks) < 2:
+            raise ValueError(
+                "measuring losses needs at least 2 calibration blocks: some make the fusion, others measure it"
+            )
+        self.model, self.method = model, method
+        self.grid = head_grid(model.config.num_key_value_heads)
+        fitted, self.held_out = split_blocks(blocks)
+        first, self.fitted_rope = first_stream(model, fitted)
+        pieces, self.rope = first_stream(model, self.held_out)
+        together = {f"{kind} {n}": pieces.clone() for kind, n in product(KINDS, self.grid)}
+        self.streams = {"fitted": first, "held out": pieces} | together
+        self.gradients, self.reference = None, None
+        if alone == "layer":
+            self.gradients = residual_gradients(model, self.held_out)
+        else:
+            with torch.no_grad(), attention_backend("sdpa", model):
+                self.reference = predictions(model, 0, pieces)
+
+    @torch.no_grad()
+    def price(self, index, layer):
+        """(partitions [2][heads] of the heads of a layer, the divergence [2, grid] if it alone shares them).
+
+        Carries the streams behind the layer.
+        """
+        energies, pieces, divergence = None, self.streams["held out"], torch.zeros(2, len(self.grid))
+        if self.method == "spectral":
+            with attention_backend("eager", self.model):
+                moments, self.streams["fitted"] = layer_moments(layer, self.streams["fitted"], self.fitted_rope)
+            energies = HeadEnergies.measure(layer.self_attn, self.model.model.rotary_emb, moments)
+        partitions = layer_partitions(layer.self_attn, energies)
+        alone = [[head] for head in range(len(partitions[0]))]
+        with attention_backend("sdpa", self.model):
+            unshared = each_block(after_attention, layer, pieces, self.rope)
+            for (kind, name), (place, n) in product(enumerate(KINDS), enumerate(self.grid)):
+                groups = partitions[kind][n - 1][1]
+                pair = (groups, alone) if name == "key" else (alone, groups)
+                with shared_in_place(self.model.config, layer, *pair, energies):
+                    shared = each_block(after_attention, layer, pieces, self.rope)
+                    together = each_block(after_layer, layer, self.streams[f"{name} {n}"], self.rope)
+                self.streams[f"{name} {n}"] = together
+                divergence[kind, place] = self.divergence(index, layer, shared, unshared)
+            self.streams["held out"] = each_block(
+                lambda layer, states, _: after_mlp(layer, states), layer, unshared, self.rope
+            )
+        return partitions, divergence
+
+    def divergence(self, index, layer, shared, unshared):
+        """KL divergence from the source, nats per token, if the stream behind the attention of a layer is `shared`."""
+        if self.gradients is not None:
+            return (self.gradients[index] * (shared - unshared)).sum(-1).square().mean() / 2
+        behind = each_block(lambda layer, states, _: after_mlp(layer, states), layer, shared, self.rope)
+        prediction = predictions(self.model, index + 1, behind)
+        return kl_div(prediction, self.reference, reduction="none", log_target=True).sum(-1).mean()
+
+    @torch.no_grad()
+    def prices(self, divergences):
+        """`loss_increase` from the divergences [2, grid] of all layers, once the streams are behind the last one."""
+        true = self.held_out[:, 1::PREDICTED_EVERY]
+
+        def loss(name):
+            scores = next_token_scores(self.model, self.streams[name][:, :-1:PREDICTED_EVERY])
+            return torch.stack([true_losses(score, block).mean() for score, block in zip(scores, true)]).mean().cpu()
+
+        together = torch.stack([torch.stack([loss(f"{kind} {n}") for n in self.grid]) for kind in KINDS]) - loss("held out")
+        heads = self.model.config.num_key_value_heads
+        single = never_rising(torch.stack(divergences))
+        scale = together / single.sum(0).clamp(min=1e-6)
+        return monotone(interpolated(never_rising(single * scale.clamp(min=0)), self.grid, heads))
+
+
+def head_grid(heads):
+    """The numbers of heads, below all of them, that are priced: each where the search is exact, else 1, 2, 4, … and 3/4."""
+    if heads <= EXACT_HEADS:
+        return list(range(1, heads))
+    powers = [2**i for i in range(heads.bit_length()) if 2**i <= heads / 2]
+    return [*powers, heads * 3 // 4]
+
+
+def interpolated(prices, grid, heads):
+    """Prices [layers, 2, grid] for every number of heads [layers, 2, heads], all of them costing nothing."""
+    if not grid:
+        return torch.zeros(*prices.shape[:2], heads)
+    ends = torch.cat([prices, torch.zeros_like(prices[..., :1])], -1)
+    return torch.from_numpy(
+        PchipInterpolator([*grid, heads], ends.double().numpy(), axis=-1)(np.arange(1, heads + 1))
+    ).float()
+
+
+def predictions(model, first_layer, stream, every=PREDICTED_EVERY):
+    """Log-probabilities [pieces, tokens, vocabulary] by the rest of the model of all that enters a layer, at once."""
+    layers = model.model.layers
+    model.model.layers = layers[first_layer:]
+    try:
+        states = model.model(inputs_embeds=stream.to(model.device, model.dtype), use_cache=False).last_hidden_state
+    finally:
+        model.model.layers = layers
+    return model.lm_head(states[:, :-1:every]).float().log_softmax(-1)
 
 
 def after_refit(increases):
@@ -82,35 +183,15 @@ def split_blocks(blocks):
     return blocks[~chosen], blocks[chosen, : MEASURED_TOKENS // count]
 
 
-def mean_divergence(predictions, reference):
-    """KL divergence from the `reference`, nats a token; both are `log_probabilities` of the same tokens."""
-    pairs = zip(predictions, reference)
-    return torch.stack([kl_div(new, old, reduction="batchmean", log_target=True) for new, old in pairs]).mean()
-
-
 @contextmanager
-def fused_in_place(model, index, kind, groups, energies=None):
-    """Layer `index` of the source `model` shares its "key" or "value" heads by `groups`, for the time of a `with` block.
-
-    `energies`: those of `head_energies`; without them the heads are mean-pooled.
-    """
-    layer = model.model.layers[index]
+def shared_in_place(config, layer, key_groups, value_groups, energies=None):
+    """A decoder `layer` shares its heads by these groups for the time of a `with` block, mean-pooled without `energies`."""
     attention = layer.self_attn
-    alone = [[head] for head in range(model.config.num_key_value_heads)]
-    pair = (groups, alone) if kind == "key" else (alone, groups)
-    fused = fuse_layer(attention, *pair, energies[index] if energies else None)
-    layer.self_attn = fused_attention(model.config, fused)
+    layer.self_attn = fused_attention(config, fuse_layer(attention, key_groups, value_groups, energies))
     try:
         yield
     finally:
         layer.self_attn = attention
-
-
-@torch.no_grad()
-def layer_inputs(model, blocks):
-    """The hidden states [blocks, length, hidden] that enter each layer."""
-    states = [model.model(block[None].to(model.device), output_hidden_states=True, use_cache=False) for block in blocks]
-    return [torch.cat(layer) for layer in zip(*(state.hidden_states[:-1] for state in states))]
 
 
 def plan_price(prices, plan):

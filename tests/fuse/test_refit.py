@@ -7,7 +7,8 @@ import torch
 from conftest import logits
 
 from dha_utils import HeadPlan, fuse, plant_redundancy
-from dha_utils.fuse.refit import after_attention, after_layer, each_block, refit
+from dha_utils.fuse.refit import refit
+from dha_utils.measure.stream import after_attention, after_layer, each_block
 
 
 def plan_for(model):

@@ -15,11 +15,11 @@ from dha_utils.plan.partition import (
 )
 from dha_utils.plan.prices import (
     after_refit,
-    fused_in_place,
-    layer_inputs,
     loss_increase,
+    predictions,
     price_table,
     read_prices,
+    shared_in_place,
     split_blocks,
 )
 
@@ -42,9 +42,9 @@ def test_running_from_a_layer_on_is_running_the_whole_model(mha, blocks):
     fused = fuse(mha, HeadPlan(apart[:2] + [partitions[2][0][0][1]], apart), energies=energies)
     whole = torch.stack(list(log_probabilities(fused, blocks)))
     before = mha.model.layers[2].self_attn
-    with fused_in_place(mha, 2, "key", partitions[2][0][0][1], energies):
-        part = torch.stack(list(log_probabilities(mha, blocks, 2, layer_inputs(mha, blocks)[2])))
-        second = torch.stack(list(log_probabilities(mha, blocks, 2, layer_inputs(mha, blocks)[2], every=2)))
+    entering = mha.model(blocks, output_hidden_states=True).hidden_states[2]
+    with torch.no_grad(), shared_in_place(mha.config, mha.model.layers[2], partitions[2][0][0][1], apart[2], energies[2]):
+        part, second = predictions(mha, 2, entering, every=1), predictions(mha, 2, entering)
     assert torch.allclose(part, whole, atol=1e-4)
     assert torch.allclose(second, whole[:, ::2], atol=1e-4)
     assert mha.model.layers[2].self_attn is before

@@ -1,0 +1,84 @@
+"""A model one layer at a time: the residual stream of some blocks is carried from layer to layer.
+
+Whatever looks at one layer needs that layer and the stream that enters it. So a model in memory and a folder of shards
+(`sources/shards.py`), of which one layer is read at a time, are the same walk. Layers compute in float32 whatever the
+checkpoint's dtype; between layers the stream rests on the CPU.
+"""
+
+import copy
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def attention_backend(name, *models):
+    """The `models` compute their attention by transformers' backend `name`, without dropout, in a `with` block."""
+    before = [(model.config._attn_implementation, model.training) for model in models]
+    for model in models:
+        model.eval().set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        for model, (own, training) in zip(models, before):
+            model.train(training).set_attn_implementation(own)
+
+
+def each_layer(model, order=None):
+    """Yields (index, decoder layer in float32 on the model's device), one at a time, all or those of `order`."""
+    for index in range(len(model.model.layers)) if order is None else order:
+        if hasattr(model, "shards"):
+            yield index, model.shards.layer(model, index)
+        else:
+            yield index, in_float32(model.model.layers[index])
+
+
+def in_float32(layer):
+    """The layer itself, or a copy if it is of another dtype."""
+    return layer if next(layer.parameters()).dtype == torch.float32 else copy.deepcopy(layer).float()
+
+
+@torch.no_grad()
+def first_stream(model, blocks):
+    """(stream [blocks, length, hidden] that enters the first layer, RoPE's cos and sin [1, length, d])."""
+    device = model.model.embed_tokens.weight.device
+    stream = torch.cat([model.model.embed_tokens(block[None].to(device)).float().cpu() for block in blocks])
+    positions = torch.arange(blocks.shape[1], device=device)[None]
+    return stream, model.model.rotary_emb(stream[:1].to(device), positions)
+
+
+def after_attention(layer, hidden_states, rope_cos_sin):
+    """The residual stream behind the attention of a decoder layer: [batch, length, hidden]."""
+    normed = layer.input_layernorm(hidden_states)
+    return hidden_states + layer.self_attn(normed, position_embeddings=rope_cos_sin, attention_mask=None)[0]
+
+
+def after_mlp(layer, hidden_states):
+    """The residual stream behind a decoder layer from the one behind its attention: [batch, length, hidden]."""
+    return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
+
+
+def after_layer(layer, hidden_states, rope_cos_sin):
+    """The residual stream behind a decoder layer: [batch, length, hidden]."""
+    return after_mlp(layer, after_attention(layer, hidden_states, rope_cos_sin))
+
+
+@torch.no_grad()
+def each_block(output, layer, stream, rope_cos_sin):
+    """`output` (`after_attention` or `after_layer`) of every block of `stream` [blocks, length, hidden], on its device."""
+    device = rope_cos_sin[0].device
+    return torch.cat([output(layer, block[None].to(device), rope_cos_sin).to(stream.device) for block in stream])
+
+
+def causal_mask(length, device=None):
+    """[1, 1, length, length], to be added to scores: eager attention without a mask is not causal."""
+    lowest = torch.finfo(torch.float32).min
+    return torch.full((length, length), lowest, device=device).triu(1)[None, None]
+
+
+@torch.no_grad()
+def next_token_scores(model, stream):
+    """Yields, block by block of the `stream` behind the last layer, log-probabilities [length, vocabulary]."""
+    device = model.model.embed_tokens.weight.device
+    for block in stream:
+        yield model.lm_head(model.model.norm(block.to(device, model.dtype))).float().log_softmax(-1)

@@ -1,6 +1,7 @@
 """Decoupled-Head Attention from trained LLaMA checkpoints: measure, group, fuse, recover, compare."""
 
 from .compare.cost import cache_bytes
+from .convert import convert
 from .fuse.model import fuse, to_llama
 from .fuse.refit import refit
 from .measure.perplexity import perplexity
@@ -19,6 +20,7 @@ __all__ = [
     "DhaForCausalLM",
     "HeadPlan",
     "cache_bytes",
+    "convert",
     "fuse",
     "head_similarity",
     "load_checkpoint",

@@ -6,7 +6,8 @@ from .fuse.model import METHODS
 from .plan.allocate import budget_for_cache, heads_for_budget
 from .recover.pretrain import TRAINABLE
 from .runs import check_run, fingerprint, write_run
-from .sources.checkpoints import check_source, load_checkpoint
+from .sources.checkpoints import load_checkpoint
+from .sources.families import check_source
 from .sources.text import SPLITS, load_text, token_blocks
 
 

@@ -104,12 +104,17 @@ def _changed(run, name):
 
 def _content(path):
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    named = {file: str(file.relative_to(path.parent)) for file in files if file.is_file()}
+    return content({file: name for file, name in named.items() if not any(p[0] == "." for p in name.split("/"))})
+
+
+def content(names):
+    """Twelve digits that name files, {path: name}, by their names and contents."""
     digest = hashlib.sha256()
-    for file in files:
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path.parent).parts):
-            digest.update(str(file.relative_to(path.parent)).encode())
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    for file, name in names.items():
+        digest.update(name.encode())
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:12]
 
 

@@ -19,7 +19,7 @@ from dha_utils.measure.energies import head_energies
 from dha_utils.measure.planted import apply_freedoms
 from dha_utils.measure.similarity import METRICS
 from dha_utils.paper.linear import learn_fusion
-from dha_utils.sources.checkpoints import cast_weights, served_dtype
+from dha_utils.sources.precision import cast_weights, served_dtype
 
 
 def loaded(model, folder, dtype):

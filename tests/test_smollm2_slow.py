@@ -11,7 +11,7 @@ from dha_utils.measure.energies import head_energies
 from dha_utils.plan.allocate import heads_for_budget, knapsack
 from dha_utils.plan.partition import group_heads, plan_of_counts
 from dha_utils.plan.prices import loss_increase
-from dha_utils.sources.checkpoints import cast_weights
+from dha_utils.sources.precision import cast_weights
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ import time
 import torch
 from transformers import DynamicCache
 
-from ..sources.checkpoints import served_dtype
+from ..sources.precision import served_dtype
 
 
 @torch.no_grad()

@@ -90,7 +90,10 @@ def fused_attention(config, fused_layer):
     settings._attn_implementation = config._attn_implementation
     with torch.device("meta"):  # no random weights are drawn to be overwritten
         module = DhaAttention(settings, 0)
-    module.load_state_dict(fused_layer.weights, assign=True)
+    weights = {
+        name: weight.detach().clone(memory_format=torch.contiguous_format) for name, weight in fused_layer.weights.items()
+    }
+    module.load_state_dict(weights, assign=True)  # whole: a fused optimiser would be wrong on parts of a tensor
     for part in module.modules():
         if hasattr(part, "tables"):
             register_tables(part)

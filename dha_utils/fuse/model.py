@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ..measure.energies import head_energies
 from ..plan.head_plan import HeadPlan
-from ..sources.checkpoints import check_source, served_dtype
+from ..sources.families import check_source
+from ..sources.precision import served_dtype
 from .layer import dha_config, fuse_layer
 
 METHODS = ("mean", "spectral")

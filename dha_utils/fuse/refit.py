@@ -20,7 +20,8 @@ from ..measure.stream import (
     first_stream,
     in_float32,
 )
-from ..sources.checkpoints import check_source
+from ..sources.families import check_source
+from ..sources.precision import as_float64
 
 EXACT = 1e-9  # a relative squared error that is rounding: nothing to mend
 
@@ -140,14 +141,13 @@ class LayerFit:
             scale = energy.diagonal().mean() * torch.eye(len(energy)).to(energy)
             moves = (torch.linalg.solve(energy + ridge * scale, cross) for ridge in RIDGES)
             weights = copy.deepcopy(output.state_dict())
-            output.weight.add_(min(moves, key=lambda move: error_change(move, *unseen)).T)
+            output.weight.add_(min(moves, key=lambda move: error_change(move, *unseen)).T.to(output.weight))
             self.keep(output, weights)
         return {"before": before, "after": self.error, "kept": self.error < before}
 
     def keep(self, part, weights):
         """Whether `part`, moved, has lowered the held-out error; if not, its `weights` from before are put back."""
-        for weight in part.parameters():  # as they are kept, so is their error
-            weight.data = weight.data.to(self.dtype).float()
+        round_weights(part, self.dtype)  # as they are kept, so is their error
         after = self.measured_error()
         if after < self.error:
             self.error = after
@@ -167,7 +167,7 @@ class LayerFit:
             lacking = target - after_attention(self.layer, self.states[chosen], self.rope_cos_sin)
             norm = target.square().sum(-1, keepdim=True).sqrt()
             x, e = ((part / norm).flatten(0, 1) for part in (read.pop(), lacking))
-            energy, cross = energy + (x.T @ x).double(), cross + (x.T @ e).double()
+            energy, cross = energy + as_float64(x.T @ x), cross + as_float64(x.T @ e)
         hook.remove()
         return energy, cross
 
@@ -181,6 +181,12 @@ class LayerFit:
                 self.loss(output, chosen).backward()
                 optimizer.step()
                 schedule.step()
+
+
+def round_weights(part, dtype):
+    """The float32 weights of a module as they will be once they are kept in `dtype`."""
+    for weight in part.parameters():
+        weight.data = weight.data.to(dtype).float()
 
 
 def error_change(move, energy, cross):

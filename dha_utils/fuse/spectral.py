@@ -7,6 +7,7 @@ import torch
 
 from ..measure.energies import from_planes, key_and_query_planes
 from ..measure.moments import with_bias
+from ..sources.precision import as_float64
 
 
 def fuse_keys(attention, energies, group):
@@ -39,9 +40,9 @@ def fuse_values(attention, energies, group):
     values, vectors = torch.linalg.eigh(energies.weighted_values(group))
     values, vectors = values[-d:].clamp(min=max(values[-1] * 1e-12, 1e-150)), vectors[:, -d:]
     metric = torch.block_diag(*energies.value_metric[list(group)])
-    shared = vectors.T @ metric @ with_bias(attention.v_proj)[rows].double()
+    shared = vectors.T @ metric @ as_float64(with_bias(attention.v_proj))[rows]
     back = energies.value_energy[rows][:, rows] @ metric @ vectors / values  # v_h from the shared value, least squares
-    output = attention.o_proj.weight.double().T.unflatten(0, (len(energies.value_metric), -1, d))[group]
+    output = as_float64(attention.o_proj.weight).T.unflatten(0, (len(energies.value_metric), -1, d))[group]
     columns = back.unflatten(0, (len(group), d)).mT[:, None] @ output  # [g, queries, d, hidden]
     scale = balance(columns.square().sum(-1).mean((0, 1)), shared.square().sum(-1))
     return shared * scale[:, None], (columns / scale[:, None]).flatten(0, 2).T

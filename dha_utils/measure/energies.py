@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..sources.precision import as_float64
 from .moments import collect_moments, with_bias
+from .stream import each_layer
 
 
 def as_planes(rows, head_dim):
@@ -26,7 +28,7 @@ def from_planes(planes):
 
 def key_and_query_planes(attention):
     """The weights of k_proj [heads, d/2, n] and, by key head, of q_proj [heads, queries, d/2, n] as complex planes."""
-    key, query = (as_planes(with_bias(p).double(), attention.head_dim) for p in (attention.k_proj, attention.q_proj))
+    key, query = (as_planes(as_float64(with_bias(p)), attention.head_dim) for p in (attention.k_proj, attention.q_proj))
     return key, query.unflatten(0, (len(key), -1))
 
 
@@ -59,9 +61,9 @@ class HeadEnergies:
     @torch.no_grad()
     def measure(cls, attention, rotary, moments, free_frequencies=True):
         d = attention.head_dim
-        plain, seen, attended = (moment.double() for moment in (moments.plain, moments.seen, moments.attended))
-        key, query, value = (with_bias(p).double() for p in (attention.k_proj, attention.q_proj, attention.v_proj))
-        output = attention.o_proj.weight.double().T.unflatten(0, (len(key) // d, -1, d))  # [heads, queries, d, hidden]
+        plain, seen, attended = (as_float64(moment) for moment in (moments.plain, moments.seen, moments.attended))
+        key, query, value = (as_float64(with_bias(p)) for p in (attention.k_proj, attention.q_proj, attention.v_proj))
+        output = as_float64(attention.o_proj.weight).T.unflatten(0, (len(key) // d, -1, d))  # [heads, queries, d, hidden]
         weight = (as_planes(query @ plain, d).conj() * as_planes(query, d)).real.sum(-1)  # [query heads, d/2]
         weight = weight.unflatten(0, (len(output), -1)).sum(1).clamp(min=0).sqrt()
         seen_energy, attended_energy = (
@@ -71,7 +73,7 @@ class HeadEnergies:
         )
         return cls(
             weight,
-            seen_energy - plane_coherence(rotary)[:, None, None] * attended_energy,
+            seen_energy - plane_coherence(rotary).to(attended_energy.device)[:, None, None] * attended_energy,
             value @ attended @ value.T,
             matrix_sqrt((output @ output.mT).sum(1)),
             free_frequencies,
@@ -138,7 +140,8 @@ def head_energies(model, blocks, free_frequencies=True, moments=None):
     """
     if blocks is None:
         raise ValueError("spectral fusion needs calibration text: pass blocks=token_blocks(tokenizer, texts)")
+    moments = moments or collect_moments(model, blocks)
     return [
-        HeadEnergies.measure(layer.self_attn, model.model.rotary_emb, its_moments, free_frequencies)
-        for layer, its_moments in zip(model.model.layers, moments or collect_moments(model, blocks))
+        HeadEnergies.measure(layer.self_attn, model.model.rotary_emb, moments[index], free_frequencies)
+        for index, layer in each_layer(model)
     ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..sources.checkpoints import check_source
+from ..sources.families import check_source
 from .stream import after_mlp, attention_backend, causal_mask, each_layer, first_stream
 
 EVERY = 4  # one query in so many tells its attention: its neighbours see nearly the same

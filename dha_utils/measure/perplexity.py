@@ -5,11 +5,20 @@ import torch
 from scipy.stats import ttest_1samp
 from torch.nn.functional import nll_loss
 
+from .stream import next_token_scores
+
 
 def token_losses(model, blocks):
     """LM loss in nats of every token but the first of each block: [blocks, length − 1]."""
     predictions = log_probabilities(model, blocks)
     return torch.stack([true_losses(prediction, block[1:]) for prediction, block in zip(predictions, blocks)])
+
+
+@torch.no_grad()
+def stream_losses(model, stream, blocks):
+    """`token_losses` of `blocks` from the `stream` [blocks, length, hidden] behind the last layer."""
+    scores = next_token_scores(model, stream)
+    return torch.stack([true_losses(score[:-1], block[1:]).cpu() for score, block in zip(scores, blocks)])
 
 
 def true_losses(prediction, tokens):

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import rotate_half
 
-from ..sources.checkpoints import check_source, served_dtype
+from ..sources.families import check_source
+from ..sources.precision import served_dtype
 from .energies import as_planes, from_planes
 from .moments import set_rows, with_bias
 

@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 from scipy.stats import bootstrap, spearmanr
 
-from ..sources.checkpoints import check_source
+from ..sources.families import check_source
 from .energies import HeadEnergies, share
 from .moments import collect_moments, with_bias
 

@@ -18,7 +18,8 @@ from ..fuse.model import assemble, check_plan
 from ..measure.moments import with_bias
 from ..measure.perplexity import perplexity
 from ..recover.training import train
-from ..sources.checkpoints import cast_weights, check_source, served_dtype
+from ..sources.families import check_source
+from ..sources.precision import cast_weights, served_dtype
 
 HINGES = ("sum", "term")
 

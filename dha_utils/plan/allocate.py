@@ -2,18 +2,19 @@
 
 import logging
 import math
+from contextlib import nullcontext
 from functools import cache
 
 import numpy as np
 import torch
 
-from ..fuse.model import fuse
 from ..measure.energies import head_energies
-from ..measure.perplexity import interval, token_losses
-from ..sources.checkpoints import dtype_name, served_dtype
+from ..measure.perplexity import interval, stream_losses
+from ..measure.stream import after_layer, attention_backend, each_block, each_layer, first_stream
+from ..sources.precision import dtype_name, served_dtype
 from .head_plan import neighbours_plan
 from .partition import group_heads, partition_costs, plan_of_counts
-from .prices import after_refit, loss_increase
+from .prices import after_refit, loss_increase, shared_in_place
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def budget_for_cache(model, cache_bytes):
 
 
 @torch.no_grad()
-def heads_for_increase(model, blocks, held_out, max_increase, counts, method="spectral"):
+def heads_for_increase(model, blocks, held_out, max_increase, counts, method="spectral", partitions=None):
     """The fewest heads with which the perplexity rises by at most the share `max_increase`, as fused.
 
     `counts`: gives [layers, 2] for a number of heads, by prices that have not seen `held_out`. `blocks` make the groups and
@@ -119,12 +120,11 @@ def heads_for_increase(model, blocks, held_out, max_increase, counts, method="sp
     if held_out is None or not len(held_out):
         raise ValueError("an increase of the perplexity is measured on blocks of its own: give more calibration text")
     energies = head_energies(model, blocks) if method == "spectral" else None
-    partitions = group_heads(model, blocks, method, energies)
-    base = token_losses(model, held_out).mean(1)
+    partitions = partitions or group_heads(model, blocks, method, energies)
+    base = shared_losses(model, held_out)
 
     def increase(heads):
-        fused = fuse(model, plan_of_counts(partitions, counts(heads)), method=method, energies=energies)
-        return (token_losses(fused, held_out).mean(1) - base).cpu()
+        return shared_losses(model, held_out, plan_of_counts(partitions, counts(heads)), energies) - base
 
     too_few = 2 * model.config.num_hidden_layers - 1
     enough = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads
@@ -140,6 +140,18 @@ def heads_for_increase(model, blocks, held_out, max_increase, counts, method="sp
         *(enough, *(100 * math.expm1(value) for value in interval(found)), len(held_out)),
     )
     return enough
+
+
+def shared_losses(model, blocks, plan=None, energies=None):
+    """LM loss of each block, nats per token, of the source, or if its heads are shared by `plan`: no model is built."""
+    stream, rope_cos_sin = first_stream(model, blocks)
+    with attention_backend("sdpa", model):
+        for index, layer in each_layer(model):
+            groups = (plan.key_groups[index], plan.value_groups[index]) if plan else None
+            energy = energies[index] if energies else None
+            with shared_in_place(model.config, layer, *groups, energy) if plan else nullcontext():
+                stream = each_block(after_layer, layer, stream, rope_cos_sin)
+    return stream_losses(model, stream, blocks).mean(1)
 
 
 def heads_for_budget(config, budget):

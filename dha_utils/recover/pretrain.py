@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import kl_div
 
 from ..runs import fingerprint
-from ..sources.checkpoints import cast_weights
+from ..sources.precision import cast_weights
 
 TRAINABLE = ("attention", "all", "lora")
 

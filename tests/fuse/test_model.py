@@ -109,7 +109,7 @@ def test_sources_that_are_no_plain_model_are_refused(mha, blocks):
     )
     for source, made_of in sources:
         for convert in (lambda: fuse(source, plan, blocks), lambda: head_similarity(source), lambda: with_omega(source)):  # noqa: B023
-            with pytest.raises(ValueError, match=f"made of {made_of}: give a plain LlamaForCausalLM, adapters merged"):
+            with pytest.raises(ValueError, match=f"made of {made_of}: give a plain LlamaForCausalLM .*, adapters merged"):
                 convert()
     fuse(adapted.merge_and_unload(), plan, blocks)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from dha_utils import HeadPlan, fuse
-from dha_utils.sources.checkpoints import cast_weights
+from dha_utils.sources.precision import cast_weights
 
 HEADS = {(4, 4): 12, (6, 3): 8, (6, 1): 8, (3, 3): 16}  # (query heads, key-value heads): head_dim
 

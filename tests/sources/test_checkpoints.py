@@ -27,7 +27,7 @@ from dha_utils.fuse.refit import refit
 from dha_utils.measure.perplexity import perplexity
 from dha_utils.runs import write_whole
 from dha_utils.sources import checkpoints
-from dha_utils.sources.checkpoints import served_dtype
+from dha_utils.sources.precision import served_dtype
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_unknown_and_foreign_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no checkpoint 'no-such-model'"):
         load_checkpoint("no-such-model")
     GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a 'gpt2' model: only the LLaMA family"):
+    with pytest.raises(ValueError, match="is a 'gpt2' model: supported are LLaMA 1 to 3"):
         load_checkpoint(tmp_path)
 
 

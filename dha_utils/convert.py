@@ -1,0 +1,252 @@
+"""The whole conversion, one layer at a time, for a model of any size: a LLaMA checkpoint in, a DHA checkpoint out.
+
+First walk (`plan_layers`): the heads of each layer are measured and grouped, every number of them is priced, and heads are
+allocated. Second walk (`convert_layers`): each layer is fused, fitted to the source and written. Both keep their streams on
+the disk from time to time: a conversion that was killed goes on from there, to the same bits.
+"""
+
+import copy
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import __version__
+
+from .compare.card import model_card
+from .fuse.layer import FusedLayer, dha_config, fuse_layer, fused_attention
+from .fuse.model import check_plan
+from .fuse.refit import refit_layer, round_weights
+from .measure.energies import HeadEnergies
+from .measure.moments import layer_moments
+from .measure.perplexity import stream_losses
+from .measure.stream import after_layer, attention_backend, each_block, first_stream
+from .measure.walk import Walk
+from .plan.allocate import heads_for_increase, knapsack, target_heads
+from .plan.head_plan import HeadPlan
+from .plan.partition import plan_of_counts
+from .plan.prices import PriceWalk, after_refit
+from .runs import expand, fingerprint, write_whole
+from .sources.families import check_source
+from .sources.precision import as_dtype, dtype_name, served_dtype
+from .sources.shards import INDEX, open_checkpoint
+
+TEXTS = ("calibration", "validation")
+
+
+def convert(
+    source,
+    blocks,
+    out,
+    budget=None,
+    cache_bytes=None,
+    max_increase=None,
+    plan=None,
+    dtype=None,
+    device=None,
+    *,
+    tokenizer=None,
+    validation=None,
+    refit=True,
+    seed=0,
+    text="",
+):
+    """The folder `out` of a DHA checkpoint made from `source`, with its tokenizer and a model card; no training.
+
+    `source`: a name or path as of `load_checkpoint`, of which one layer at a time is read, or a LLaMA in memory (with its
+    `tokenizer`). `blocks` [blocks, length]: calibration tokens. The target is one of `budget`, `cache_bytes` and
+    `max_increase` (as of `plan_heads`), or a `plan`. `dtype`: of the weights written; None is the source's. `device`: None
+    is CUDA or MPS if there is one. `validation` [blocks, length]: measured before and after, for the model card. `refit`:
+    whether each layer is fitted to the source after its fusion. `text`: the name of the text, for the model card.
+
+    A conversion that was killed goes on where it was if it is started again. Raises ValueError if `out` holds anything
+    else, the source cannot be read, the target cannot be met, or the disk is too small.
+    """
+    named = isinstance(source, str | Path)
+    model, tokenizer = open_checkpoint(source, device) if named else (source, tokenizer)
+    check_source(model)
+    dtype, out = as_dtype(dtype or served_dtype(model)), expand(out)
+    target = {"budget": budget, "cache_bytes": cache_bytes, "max_increase": max_increase, "plan": plan and asdict(plan)}
+    target = {name: value for name, value in target.items() if value is not None}
+    check_request(model, blocks, plan, target)
+    request = target | {
+        "source": str(source) if named else model.name_or_path,
+        "source_content": model.shards.fingerprint() if named else fingerprint(model),
+        "text": text,
+        "text_content": fingerprint(blocks, validation),
+        "calibration_tokens": blocks.numel(),
+        "dtype": dtype_name(dtype),
+        "refit": refit,
+        "seed": seed,
+        "versions": f"torch {torch.__version__}, transformers {__version__}",
+    }
+    if is_finished(out, request):
+        return out
+    work = work_folder(out, request)
+    check_disk(work, model, dtype, blocks)
+    plan = plan or plan_layers(model, blocks, work, **target)
+    record = convert_layers(model, blocks, plan, work, dtype, validation, refit, seed)
+    finish(model, tokenizer, work, out, dtype, {"request": request, "plan": asdict(plan)} | record)
+    return out
+
+
+def check_request(model, blocks, plan, target):
+    """Raises ValueError for anything that can be known to be wrong before the first layer."""
+    if len(target) != 1:
+        raise ValueError(f"give one of budget, cache_bytes, max_increase and plan, not {' and '.join(target) or 'none'}")
+    if len(blocks) < 4:
+        raise ValueError(f"a conversion needs at least 4 calibration blocks, not {len(blocks)}")
+    if plan:
+        check_plan(plan, model)
+    elif target.get("max_increase", 1) <= 0:
+        raise ValueError(f"the largest acceptable increase is a share above 0, not {target['max_increase']}")
+    elif "max_increase" not in target:
+        target_heads(model, None, None, **target)
+
+
+def is_finished(out, request):
+    """Whether `out` holds this very conversion. Raises ValueError if it holds anything else."""
+    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+        return False
+    record = out / "conversion.json"
+    if record.is_file() and json.loads(record.read_text())["request"] == as_json(request):
+        return True
+    raise ValueError(f"{out} is there and holds something else than this conversion: choose another folder")
+
+
+def as_json(request):
+    return json.loads(json.dumps(request))
+
+
+def work_folder(out, request):
+    """The folder beside `out` in which the conversion grows. Raises ValueError if another one is unfinished there."""
+    work = out.with_name(f".{out.name}.converting")
+    if (work / "request.json").is_file():
+        stored, request = json.loads((work / "request.json").read_text()), as_json(request)
+        changed = sorted(name for name in stored.keys() | request.keys() if stored.get(name) != request.get(name))
+        if changed:
+            raise ValueError(
+                f"{work} holds an unfinished conversion with another {', '.join(changed)}: delete it, or choose another out"
+            )
+    write_whole(work / "request.json", json.dumps(request))
+    return work
+
+
+def check_disk(work, model, dtype, blocks):
+    """Raises ValueError if the weights and the streams will not fit on the disk beside those that are there."""
+    needed = model.num_parameters() * dtype.itemsize + 8 * 4 * blocks.numel() * model.config.hidden_size
+    free = shutil.disk_usage(work).free + sum(file.stat().st_size for file in work.iterdir())
+    if free < needed:
+        raise ValueError(
+            f"the conversion may take {needed / 1e9:.1f} GB of disk at {work.parent}, where {free / 1e9:.1f} GB are free"
+        )
+
+
+def plan_layers(model, blocks, work, budget=None, cache_bytes=None, max_increase=None):
+    """The `HeadPlan` for one target, by the prices of each layer alone (`loss_increase`), as a refit leaves them."""
+    if (work / "plan.json").is_file():
+        return HeadPlan.load(work / "plan.json")
+    blocks, held_out = (blocks, None) if max_increase is None else (blocks[0::2], blocks[1::2])
+    pricing, walk = PriceWalk(model, blocks, alone="layer"), Walk(work / "pricing.safetensors")
+    pricing.streams = walk.streams or pricing.streams
+    for index, layer in walk.bar(model, "pricing"):
+        partitions, divergence = pricing.price(index, layer)
+        walk.add([partitions, divergence.tolist()], pricing.streams)
+    partitions, divergences = zip(*walk.rows)
+    prices = after_refit(pricing.prices([torch.tensor(divergence) for divergence in divergences]))
+
+    def counts(heads):
+        return knapsack(prices, heads)
+
+    if max_increase is None:
+        heads = target_heads(model, None, None, budget, cache_bytes)
+    else:
+        heads = heads_for_increase(model, blocks, held_out, max_increase, counts, partitions=partitions)
+    plan = plan_of_counts(partitions, counts(heads))
+    plan.save(work / "plan.json")
+    walk.file.unlink(missing_ok=True)
+    return plan
+
+
+def convert_layers(model, blocks, plan, work, dtype, validation, refit, seed):
+    """Writes every layer of the DHA model into `work`, a file each; returns the record of the conversion, by name."""
+    walk, random = Walk(work / "converting.safetensors"), torch.Generator().manual_seed(seed)
+    first = {name: first_stream(model, text) for name, text in zip(TEXTS, (blocks, validation)) if text is not None}
+    streams = walk.streams or {f"{who} {name}": first[name][0] for who in ("source", "fused") for name in first}
+    random.set_state(streams.pop("random", random.get_state()))
+    for index, layer in walk.bar(model, "converting"):
+        rope, pair = first["calibration"][1], [streams["source calibration"], streams["fused calibration"]]
+        fused = fused_layer(model, layer, plan, index, pair[0], rope)
+        new = copy.deepcopy(layer)
+        new.self_attn, errors = fused_attention(model.config, fused), {}
+        with attention_backend("sdpa", model):
+            if refit:
+                errors = refit_layer(layer, new, *pair, rope, random, dtype)[0]
+            round_weights(new, dtype)
+            for name, stream in streams.items():
+                its_layer, its_rope = layer if name.startswith("source") else new, first[name.split()[1]][1]
+                streams[name] = each_block(after_layer, its_layer, stream, its_rope)
+        weights = {f"model.layers.{index}.{name}": weight for name, weight in new.state_dict().items()}
+        write_weights(work / file_of(model, index + 1), weights, dtype)
+        layout = {name: getattr(fused, name) for name in ("key_head_map", "value_head_map", "key_frequencies")}
+        walk.add({"layout": layout, "errors": errors}, streams | {"random": random.get_state()})
+    record = {"layers": walk.rows, "length": blocks.shape[1]}
+    if validation is not None:
+        losses = {who: stream_losses(model, streams[f"{who} validation"], validation) for who in ("source", "fused")}
+        record["losses"] = {who: loss.mean(1).tolist() for who, loss in losses.items()}
+        record["validation"] = list(validation.shape)
+    walk.save(streams | {"random": random.get_state()})
+    return record
+
+
+def fused_layer(model, layer, plan, index, stream, rope_cos_sin):
+    """The `FusedLayer` of the groups of one layer, by spectral fusion on the stream that enters it in the source."""
+    with attention_backend("eager", model):
+        moments, _ = layer_moments(layer, stream, rope_cos_sin)
+    energies = HeadEnergies.measure(layer.self_attn, model.model.rotary_emb, moments)
+    return fuse_layer(layer.self_attn, plan.key_groups[index], plan.value_groups[index], energies)
+
+
+def file_of(model, place):
+    """The name of a file of weights: place 0 holds all that is no layer, place 1 the first layer."""
+    return f"model-{place + 1:05d}-of-{len(model.model.layers) + 1:05d}.safetensors"
+
+
+def write_weights(path, weights, dtype):
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({name: weight.to(dtype).cpu().contiguous() for name, weight in weights.items()}, partial, {"format": "pt"})
+    partial.replace(path)
+
+
+def finish(model, tokenizer, work, out, dtype, record):
+    """The rest of the checkpoint: embeddings and head, index, config, tokenizer, record and model card; then its name."""
+    tied = model.config.tie_word_embeddings
+    head = {key: weight for key, weight in model.state_dict().items() if ".layers." not in key}
+    write_weights(work / file_of(model, 0), {k: w for k, w in head.items() if not (tied and k == "lm_head.weight")}, dtype)
+    config = dha_config(model.config, [FusedLayer(**row["layout"], weights={}) for row in record["layers"]])
+    config.dtype, config.architectures = dtype, ["DhaForCausalLM"]
+    config.save_pretrained(work)
+    model.generation_config.save_pretrained(work)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(work)
+    write_index(work)
+    write_whole(work / "conversion.json", json.dumps(record))
+    write_whole(work / "README.md", model_card(model, config, record))
+    for left in (work / "request.json", work / "plan.json", work / "converting.safetensors"):
+        left.unlink(missing_ok=True)
+    if out.is_dir():
+        out.rmdir()  # empty: `is_finished` has looked
+    work.rename(out)
+
+
+def write_index(folder):
+    """The index of the shards of a folder, as transformers reads it."""
+    files, total = {}, 0
+    for path in sorted(folder.glob("model-*.safetensors")):
+        with safe_open(path, "pt") as opened:
+            files |= dict.fromkeys(opened.keys(), path.name)
+        total += path.stat().st_size
+    write_whole(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=1))

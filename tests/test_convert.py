@@ -1,0 +1,173 @@
+"""The conversion layer by layer: that of a model in memory, to the bit, killed or not; refused in one sentence."""
+
+import json
+import shutil
+from importlib import import_module
+
+import pytest
+import torch
+from conftest import SHAPES, logits, tiny_llama
+from safetensors.torch import load_file, save_file
+
+from dha_utils import HeadPlan, convert, fuse, load_checkpoint, perplexity, refit, save_checkpoint
+from dha_utils.measure.stream import each_layer
+from dha_utils.sources.shards import open_checkpoint
+
+WALK = import_module("dha_utils.measure.walk")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_checkpoint("wiki-mha")[1]
+
+
+@pytest.fixture(params=SHAPES)
+def checkpoint(request, tmp_path, tokenizer):
+    """A folder of several shards, with a licence."""
+    model = tiny_llama(**SHAPES[request.param] | {"vocab_size": 4096})
+    model.save_pretrained(tmp_path / "source", max_shard_size="100KB")
+    tokenizer.save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    assert len(list((tmp_path / "source").glob("*.safetensors"))) > 1
+    return tmp_path / "source"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_layers_read_one_at_a_time_are_those_of_the_model(checkpoint):
+    model, whole = open_checkpoint(checkpoint, "cpu")[0], load_checkpoint(checkpoint)[0]
+    assert all(parameter.is_meta for parameter in model.model.layers.parameters())
+    for index, layer in each_layer(model):
+        expected = whole.model.layers[index].state_dict()
+        assert layer.state_dict().keys() == expected.keys()
+        assert all(torch.equal(weight, expected[name]) for name, weight in layer.state_dict().items())
+    assert torch.equal(model.lm_head.weight, whole.lm_head.weight)
+
+
+def test_a_conversion_is_fusion_and_refit_in_memory(checkpoint, blocks, tmp_path):
+    source, _ = load_checkpoint(checkpoint)
+    plan = HeadPlan.uniform(source.config, 2, 1)
+    out = convert(checkpoint, blocks, tmp_path / "out", plan=plan, device="cpu", validation=blocks[:2], text="random")
+    expected, _ = refit(fuse(source, plan, blocks), source, blocks)
+    converted, _ = load_checkpoint(out)
+    assert torch.allclose(logits(converted, blocks), logits(expected, blocks), atol=1e-4)
+    record = json.loads((out / "conversion.json").read_text())
+    assert torch.tensor(record["losses"]["fused"]).mean().exp().item() == pytest.approx(
+        perplexity(converted, blocks[:2]), 1e-4
+    )
+    card = (out / "README.md").read_text()
+    assert "license: mit" in card and "192 tokens of random" in card and str(tmp_path) not in card
+    assert converted.config.budget == plan.budget and f"{plan.budget:.1%} of the source's" in card
+
+
+def test_a_model_in_memory_is_the_same_walk(checkpoint, blocks, tmp_path, tokenizer):
+    folders = [
+        convert(source, blocks, tmp_path / name, 0.5, device="cpu", tokenizer=tokenizer)
+        for name, source in (("read", checkpoint), ("loaded", load_checkpoint(checkpoint)[0]))
+    ]
+    assert contents(folders[0]) == contents(folders[1])
+    assert (folders[1] / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("target", [{"budget": 0.5}, {"max_increase": 0.2}])
+@pytest.mark.parametrize("count", [1, 2, 4, 6])  # of three layers, priced and then converted
+def test_a_killed_conversion_goes_on_to_the_same_bits(count, target, mha, blocks, tmp_path, tokenizer, monkeypatch):
+    mha.save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    monkeypatch.setattr("dha_utils.sources.checkpoints.load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr("dha_utils.sources.shards.load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(WALK, "SAVE_SECONDS", 0)
+    whole = convert(tmp_path / "source", blocks, tmp_path / "whole", **target, device="cpu", validation=blocks[:2])
+    layers, add = [], WALK.Walk.add
+
+    def counted(walk, row, streams):
+        add(walk, row, streams)
+        layers.append(walk.file.name)
+        if len(layers) == count:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(WALK.Walk, "add", counted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "source", blocks, tmp_path / "out", **target, device="cpu", validation=blocks[:2])
+    assert not (tmp_path / "out").exists()
+    out = convert(tmp_path / "source", blocks, tmp_path / "out", **target, device="cpu", validation=blocks[:2])
+    assert len(layers) == 6, "no layer is done twice"
+    assert contents(out) == contents(whole)
+    assert (out / "README.md").read_text() == (whole / "README.md").read_text()
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert convert(tmp_path / "source", blocks, tmp_path / "out", **target, device="cpu", validation=blocks[:2]) == out
+    assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}, "what is done is not done again"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_every_head_kept_is_the_source_in_its_dtype(checkpoint, blocks, tmp_path):
+    source, tokenizer = load_checkpoint(checkpoint)
+    save_checkpoint(source, tokenizer, tmp_path / "low", dtype=torch.bfloat16)
+    low = load_checkpoint(tmp_path / "low")[0]
+    out = convert(tmp_path / "low", blocks, tmp_path / "out", budget=1, device="cpu")
+    assert {weight.dtype for file in out.glob("*.safetensors") for weight in load_file(file).values()} == {torch.bfloat16}
+    assert torch.allclose(logits(load_checkpoint(out)[0], blocks), logits(low, blocks), atol=1e-5)
+
+
+def test_a_finished_or_foreign_folder_is_not_touched(checkpoint, blocks, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else than this conversion: choose another folder"):
+        convert(checkpoint, blocks, tmp_path / "out", 0.5, device="cpu")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+    convert(checkpoint, blocks, tmp_path / "half", 0.5, device="cpu", refit=False)
+    for change in ({"budget": 0.75}, {"budget": 0.5, "seed": 1}, {"budget": 0.5, "dtype": "bfloat16"}):
+        with pytest.raises(ValueError, match="holds something else than this conversion"):
+            convert(checkpoint, blocks, tmp_path / "half", device="cpu", refit=False, **change)
+
+
+def test_another_unfinished_conversion_is_not_touched(checkpoint, blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(WALK, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(import_module("dha_utils.convert"), "finish", lambda *_: None)
+    convert(checkpoint, blocks, tmp_path / "out", 0.5, device="cpu", refit=False)
+    with pytest.raises(
+        ValueError,
+        match="with another budget, calibration_tokens, text_content: delete it, or choose",
+    ):
+        convert(checkpoint, blocks[:5], tmp_path / "out", 0.75, device="cpu", refit=False)
+
+
+def test_bad_requests_are_one_sentence_before_the_first_layer(checkpoint, blocks, tmp_path, monkeypatch):
+    def refused(match, source=checkpoint, text=blocks, **request):
+        with pytest.raises(ValueError, match=match):
+            convert(source, text, tmp_path / "out", device=request.pop("device", "cpu"), **request)
+        assert not (tmp_path / "out").exists() and not (tmp_path / ".out.converting" / "pricing.safetensors").exists()
+
+    refused("give one of budget, cache_bytes, max_increase and plan, not none")
+    refused("not budget and cache_bytes", budget=0.5, cache_bytes=1000)
+    refused("needs at least 4 calibration blocks, not 3", text=blocks[:3], budget=0.5)
+    refused("the smallest budget for this model", budget=0.01)
+    refused("share above 0, not -1", max_increase=-1)
+    refused("the plan is for 1 layers", plan=HeadPlan([[[0], [1]]], [[[0], [1]]]))
+    refused("dtype must be one of", budget=0.5, dtype="int8")
+    refused("this machine has no device 'cuda:7'", budget=0.5, device="cuda:7")
+    refused("there is no checkpoint", source=tmp_path / "nothing", budget=0.5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
+    refused(r"may take 0.0 GB of disk at .*, where 0.0 GB are free", budget=0.5)
+
+
+def test_damaged_shards_are_one_sentence(checkpoint, blocks, tmp_path):
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    layer = next(file for file in shards if any(".layers.2.mlp" in name for name in load_file(file)))
+    whole = layer.read_bytes()
+    layer.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cannot be loaded .*expected whole safetensors weights"):
+        convert(checkpoint, blocks, tmp_path / "out", 0.5, device="cpu")
+    layer.unlink()
+    with pytest.raises(ValueError, match="cannot be loaded .*expected whole safetensors weights"):
+        convert(checkpoint, blocks, tmp_path / "out", 0.5, device="cpu")
+    layer.write_bytes(whole)
+    weights = load_file(layer)
+    name = next(name for name in weights if ".layers.2." in name)
+    weights[name].flatten()[0] = torch.inf
+    save_file(weights, layer, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} of .* is not finite: the checkpoint has NaN or infinite weights"):
+        convert(checkpoint, blocks, tmp_path / "out", 0.5, device="cpu")
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,8 @@ TARGET = $(if $(MAX_INCREASE),-p max_increase "$(MAX_INCREASE)") $(if $(CACHE_BY
 # Names of files and targets have no spaces, and no % for make
 space := $(subst ,, )
 plain = $(subst %,-percent,$(subst $(space),-,$(1)))
+# DEVICE=cuda, DTYPE=bfloat16: without them a GPU if there is one; float32 on a CPU, elsewhere the checkpoint's own dtype
+PLACE = $(if $(DEVICE),-r device "$(DEVICE)") $(if $(DTYPE),-r dtype "$(DTYPE)")
 RUN ?= $(call plain,$(notdir $(patsubst %/,%,$(call plain,$(MODEL))))-$(or $(MAX_INCREASE:%=increase-%),$(CACHE_BYTES:%=bytes-%),$(BUDGET)))
 $(if $(or $(word 2,$(RUN)),$(findstring %,$(RUN))),$(error RUN names a folder without spaces or % in it, not '$(RUN)'))
 BUDGETS ?= 0.75 0.5 0.34
@@ -22,7 +24,7 @@ LEANING := tests/model/test_transformers.py tests/model/test_dha.py tests/measur
 	tests/test_dtypes.py
 NOTEBOOKS := 01_head_redundancy 02_head_clusters 03_head_fusion 04_continued_pretraining 05_compression_vs_perplexity
 LENGTH := 256
-PARAMETERS = -r model "$(MODEL)" -r text "$(TEXT)" -p budget "$(BUDGET)" -r run_dir $(DIR) -p length $(LENGTH) $(TARGET)
+PARAMETERS = -r model "$(MODEL)" -r text "$(TEXT)" -p budget "$(BUDGET)" -r run_dir $(DIR) -p length $(LENGTH) $(TARGET) $(PLACE)
 # wiki-mha is small enough for the notebooks' own defaults; anything else gets longer blocks and fewer of all that takes time
 ifneq ($(MODEL),wiki-mha)
 LENGTH := 512

@@ -1,6 +1,7 @@
-"""The commands of `make run` before the first notebook and after the last.
+"""Convert a checkpoint; and the commands of `make run` before the first notebook and after the last.
 
-python -m dha_utils check -p model smollm2-135m -p run_dir runs/NAME    # one sentence if something is wrong
+python -m dha_utils convert --model smollm2-135m --budget 0.5 --out my-dha     # a layer at a time, for any size
+python -m dha_utils check -p model smollm2-135m -p run_dir runs/NAME           # one sentence if something is wrong
 python -m dha_utils table --run-dir runs/NAME
 
 `check` takes the parameters of the notebooks as papermill does, and those that are not given from the notebooks.
@@ -11,8 +12,13 @@ import sys
 
 import yaml
 
-from .parameters import load_inputs
+from .convert import convert
+from .parameters import check_parameters, load_inputs, text_blocks
+from .plan.head_plan import HeadPlan
 from .runs import ROOT, read_metrics
+from .sources.checkpoints import find_checkpoint, load_tokenizer
+from .sources.precision import DTYPES
+from .sources.text import load_text
 
 # of the notebooks, where a command does not say
 DEFAULTS = {
@@ -22,6 +28,8 @@ DEFAULTS = {
     "budget": 0.25,
     "method": "spectral",
     "seed": 0,
+    "device": None,
+    "dtype": None,
     "length": 256,
     "calibration_blocks": 48,
     "validation_blocks": 32,
@@ -40,9 +48,44 @@ def typed(word):
     return word
 
 
+def add_convert(actions):
+    """The options of `convert`, named as the parameters of the notebooks are."""
+    parser = actions.add_parser("convert", help="make a DHA checkpoint of a LLaMA checkpoint, one layer at a time")
+    parser.add_argument("--model", required=True, help="a folder, a name on the hub, wiki-mha or smollm2-135m")
+    parser.add_argument("--out", required=True, help="the folder of the checkpoint that is made")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--budget", type=float, help="share of the key and value heads to keep")
+    target.add_argument("--cache-bytes", type=int, help="the most bytes of KV cache per token")
+    target.add_argument("--max-increase", type=float, help="the largest increase of perplexity before refit, 0.05 for 5 %%")
+    target.add_argument(
+        "--plan", type=HeadPlan.load, metavar="plan.json", help="the heads that share, of a run of notebook 02"
+    )
+    parser.add_argument("--text", default="wikipedia", help="wikipedia, a file, a folder, or a data set of the hub")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights that are written; by default the checkpoint's own")
+    parser.add_argument("--device", help="by default CUDA or MPS if there is one")
+    parser.add_argument("--length", type=int, default=512, help="tokens per block (default: %(default)s)")
+    parser.add_argument("--calibration-blocks", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--validation-blocks", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--no-refit", dest="refit", action="store_false", help="fuse only: quicker, a higher perplexity")
+
+
+def convert_checkpoint(
+    action, model, out, text, length, calibration_blocks, validation_blocks, budget, cache_bytes, max_increase, **options
+):
+    blocks = {"length": length, "calibration_blocks": calibration_blocks, "validation_blocks": validation_blocks}
+    target = {"budget": budget, "cache_bytes": cache_bytes, "max_increase": max_increase}
+    check_parameters(**blocks, **{name: value for name, value in target.items() if value is not None})
+    source, config = find_checkpoint(model)
+    texts = {split: load_text(text, split) for split in ("train", "validation")}
+    calibration, validation = text_blocks(model, config, load_tokenizer(model, source, config), texts, **blocks)
+    print(convert(model, calibration, out, validation=validation, text=text, **target, **options))
+
+
 def main(command_line=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
+    add_convert(actions)
     check = actions.add_parser("check", help="fetch the model, and look at everything that could go wrong later")
     check.add_argument("-p", dest="typed", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     check.add_argument("-r", dest="raw", nargs=2, action="append", default=[], metavar=("NAME", "TEXT"))
@@ -56,6 +99,8 @@ def main(command_line=None):
             for text in arguments.yaml:
                 given |= yaml.safe_load(text)
             load_inputs(**DEFAULTS | given)
+        elif arguments.action == "convert":
+            convert_checkpoint(**vars(arguments))
         else:
             print(read_metrics(ROOT / arguments.run_dir).round(3).to_string(index=False, na_rep=""))
     except ValueError as error:

@@ -8,6 +8,7 @@ from .recover.pretrain import TRAINABLE
 from .runs import check_run, fingerprint, write_run
 from .sources.checkpoints import load_checkpoint
 from .sources.families import check_source
+from .sources.precision import DTYPES, dtype_name, pick_device
 from .sources.text import SPLITS, load_text, token_blocks
 
 
@@ -46,6 +47,8 @@ RULES = {  # the rule of each parameter: in words, and as a test
     "max_increase": optional(POSITIVE),
     "method": one_of(METHODS),
     "trainable": one_of(TRAINABLE),
+    "device": optional(NAME),
+    "dtype": optional(one_of(DTYPES)),
     "seed": ("a whole number from 0 to 4294967295", lambda value: type(value) is int and 0 <= value < 2**32),
     "length": whole(16),
     "calibration_blocks": whole(4),
@@ -75,39 +78,54 @@ def check_parameters(**parameters):
         raise ValueError("give cache_bytes or max_increase, not both: each says how many heads to keep")
 
 
-def load_inputs(run_dir, model, text, length, calibration_blocks, validation_blocks, **parameters):
+def load_inputs(run_dir, model, text, length, calibration_blocks, validation_blocks, device=None, dtype=None, **parameters):
     """The inputs of every notebook, looked at: (settings of the run, source, tokenizer, calibration, validation).
 
-    Nothing is written. A relative `run_dir` lies in the repository, a relative path of `model` or `text` here or there.
+    `device`: None is CUDA or MPS if there is one, else the CPU; `dtype`, that the models compute in: None is float32 on the
+    CPU, elsewhere the checkpoint's own. Nothing is written. A relative `run_dir` lies in the
+    repository, a relative path of `model` or `text` here or there.
 
     Raises ValueError if a parameter is wrong, the model or the text cannot be loaded or is too small, the target cannot be
     met, or `run_dir` holds a run with other settings.
     """
     blocks = {"length": length, "calibration_blocks": calibration_blocks, "validation_blocks": validation_blocks}
-    check_parameters(run_dir=run_dir, model=model, text=text, **blocks, **parameters)
+    check_parameters(run_dir=run_dir, model=model, text=text, device=device, dtype=dtype, **blocks, **parameters)
     shared = ("budget", "cache_bytes", "max_increase", "method", "seed")
     settings = {"model": str(model), "text": str(text)} | {name: parameters.get(name) for name in shared} | blocks
     check_run(run_dir, **settings)
-    source, tokenizer = load_checkpoint(model)
+    device = pick_device(device)
+    source, tokenizer = load_checkpoint(model, dtype or ("float32" if device.type == "cpu" else "auto"), device)
     check_source(source)
-    if length > (context := source.config.max_position_embeddings):
-        raise ValueError(f"length must be at most the model's context, {context}, not {length}")
     if settings["max_increase"] is None:
         cache = settings["cache_bytes"]
         heads_for_budget(source.config, settings["budget"] if cache is None else budget_for_cache(source, cache))
     texts = {split: load_text(text, split) for split in SPLITS}
-    calibration = token_blocks(tokenizer, texts["train"], length, calibration_blocks)
-    validation = token_blocks(tokenizer, texts["validation"], length, validation_blocks)
-    highest = int(max(calibration.max(), validation.max()))
-    if highest >= (size := source.config.vocab_size):
-        raise ValueError(
-            f"the tokenizer of {model} gives token {highest}, the model knows {size}: they do not belong together"
-        )
+    calibration, validation = text_blocks(
+        model, source.config, tokenizer, texts, length, calibration_blocks, validation_blocks
+    )
     if settings["max_increase"] is not None:
         token_blocks(tokenizer, texts["calibration"], length, validation_blocks)
+    settings |= {"device": device.type, "dtype": dtype_name(source.dtype)}
     settings |= {"model_content": fingerprint(source), "text_content": fingerprint(texts)}
     check_run(run_dir, **settings)
     return settings, source, tokenizer, calibration, validation
+
+
+def text_blocks(model, config, tokenizer, texts, length, calibration_blocks, validation_blocks):
+    """(calibration, validation) blocks [blocks, length] of `texts` {split: documents} for the checkpoint `model`.
+
+    Raises ValueError if the text is too short for them, a block for the model's context, or the model for the tokenizer.
+    """
+    if length > (context := config.max_position_embeddings):
+        raise ValueError(f"length must be at most the model's context, {context}, not {length}")
+    calibration = token_blocks(tokenizer, texts["train"], length, calibration_blocks)
+    validation = token_blocks(tokenizer, texts["validation"], length, validation_blocks)
+    highest = int(max(calibration.max(), validation.max()))
+    if highest >= (size := config.vocab_size):
+        raise ValueError(
+            f"the tokenizer of {model} gives token {highest}, the model knows {size}: they do not belong together"
+        )
+    return calibration, validation
 
 
 def open_run(run_dir, **parameters):

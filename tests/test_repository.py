@@ -62,7 +62,7 @@ def test_notebooks_share_their_parameters_and_open_and_close_in_prose(path):
     assert shows(notebook.cells[-1], "text/markdown"), "the last cell says what was found, computed"
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     values = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(parameters.source).body}
-    assert list(values)[:6] == ["model", "text", "budget", "method", "seed", "run_dir"]
+    assert list(values)[:8] == ["model", "text", "budget", "method", "seed", "device", "dtype", "run_dir"]
     assert DEFAULTS.items() <= values.items(), "`make check` says what the notebooks say"
     check_parameters(**values)
     assert {"kernelspec", "language_info"} <= set(notebook.metadata)
@@ -108,6 +108,8 @@ def test_the_library_alone_imports_nothing_of_the_notebooks():
 def test_tests_mirror_the_modules():
     """Each module has tests of its own; what crosses several, or is tested through them, is named here."""
     elsewhere = {"fuse/layer", "fuse/mean", "model/config", "compare/cost", "__main__", "plots"}
+    elsewhere |= {"sources/precision", "measure/stream"}  # test_dtypes.py, and all that walks
+    elsewhere |= {"sources/shards", "sources/output", "measure/walk", "compare/card"}  # test_convert.py
     modules = {path.relative_to(ROOT / "dha_utils").with_suffix("").as_posix() for path in ROOT.glob("dha_utils/**/*.py")}
     modules = {name for name in modules if not name.endswith("__init__")}
     tests = {path.relative_to(ROOT / "tests").as_posix() for path in ROOT.glob("tests/**/test_*.py")}

@@ -5,6 +5,7 @@ import logging
 import torch
 
 log = logging.getLogger(__name__)
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def served_dtype(model):
@@ -21,7 +22,7 @@ def as_dtype(name):
     """A torch dtype, or the one of that name. Raises ValueError if there is none, or it is not of weights."""
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"the dtype must be one of float32, bfloat16 and float16, not {name!r}")
+        raise ValueError(f"the dtype must be one of {', '.join(DTYPES)}, not {name!r}")
     return dtype
 
 

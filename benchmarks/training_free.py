@@ -70,7 +70,9 @@ def methods(source, calibration, refits):
     def prices(allocation):
         if allocation == "refit":
             return after_refit(prices("loss"))
-        return partition_costs(partitions()) if allocation == "cost" else loss_increase(source, calibration)
+        return (
+            partition_costs(partitions()) if allocation == "cost" else loss_increase(source, calibration, alone="measured")
+        )
 
     def standard_planes(heads):
         standard = [replace(layer, free_frequencies=False) for layer in energies()]

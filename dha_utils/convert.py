@@ -110,7 +110,7 @@ def plan_layers(model, blocks, work, budget=None, cache_bytes=None, max_increase
     if (work / "plan.json").is_file():
         return HeadPlan.load(work / "plan.json")
     blocks, held_out = (blocks, None) if max_increase is None else (blocks[0::2], blocks[1::2])
-    pricing, walk = PriceWalk(model, blocks, alone="layer"), Walk(work / "pricing.safetensors")
+    pricing, walk = PriceWalk(model, blocks), Walk(work / "pricing.safetensors")
     pricing.streams = walk.streams or pricing.streams
     for index, layer in walk.bar(model, "pricing"):
         partitions, divergence = pricing.price(index, layer)

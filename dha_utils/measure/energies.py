@@ -100,8 +100,8 @@ class HeadEnergies:
 
     def costs(self):
         """The costs of a group of key heads and of value heads, as functions, over the energy of all heads."""
-        everything = range(len(self.query_weight))
-        key_total, value_total = self.key_cost(everything)[1], self.value_cost(everything)[1]
+        heads = range(len(self.query_weight))
+        key_total, value_total = self.key_cost(heads)[1], sum(self.value_cost([head])[1] for head in heads)
         return (
             lambda group: share(self.key_cost(group)[0], key_total),
             lambda group: share(self.value_cost(group)[0], value_total),
@@ -114,10 +114,12 @@ class HeadEnergies:
         d = self.head_dim
         return torch.cat([torch.arange(h * d, (h + 1) * d) for h in group])
 
-    def weighted_values(self, group):
-        rows = self.rows(group)
-        metric = torch.block_diag(*self.value_metric[list(group)])
-        return metric @ self.value_energy[rows][:, rows] @ metric
+    def weighted_values(self, group=None):
+        """[g · d, g · d]: the energy of the values of a group, or of all, as the output projections weigh them."""
+        group = list(range(len(self.value_metric)) if group is None else group)
+        rows, metric = self.rows(group), self.value_metric[group]
+        half = (metric @ self.value_energy[rows][:, rows].unflatten(0, (len(group), -1))).flatten(0, 1)
+        return (metric @ half.T.unflatten(0, (len(group), -1))).flatten(0, 1)
 
 
 def share(part, whole):

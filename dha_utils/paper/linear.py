@@ -231,7 +231,7 @@ class _StopWhenFused(TrainerCallback):
         if fused or state.global_step == state.max_steps:
             state.log_history.append({"step": state.global_step, **self.figures(terms, state.global_step)})
         if fused:
-            control.should_training_stop = control.should_save = control.should_log = True
+            control.should_training_stop = control.should_log = True
             control.should_evaluate = self.validation is not None
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):

@@ -40,7 +40,7 @@ def plan_heads(
     `max_increase`, the largest acceptable increase of the perplexity before refit and training, 0.05 for 5 %
     (`heads_for_increase`): every second block measures it, and nothing else sees those blocks.
     `method` ("mean" or "spectral") says by which fusion groups are judged. `allocation`: "uniform", the same counts in
-    every layer; "cost", least sum of relative costs; "loss", least sum of measured increases of the loss (`loss_increase`);
+    every layer; "cost", least sum of relative costs; "loss", least sum of increases of the loss (`loss_increase`);
     "refit", least sum of the part of them that a refit leaves (`after_refit`). All but the first are solved exactly
     (`knapsack`).
 

@@ -14,6 +14,7 @@ from ..fuse.model import check_method
 from ..measure.energies import head_energies
 from ..measure.stream import each_layer
 from .head_plan import HeadPlan
+from .many_heads import Groups, ValueGroups, many_partitions
 
 EXACT_HEADS = 9  # Up to here every partition is looked at: 21,147 of them at 9 heads
 
@@ -26,15 +27,15 @@ def pairwise_cost(matrix):
 def best_partitions(cost, heads):
     """For n = 1 … heads, the partition of the heads into n groups of least cost: a list of (cost, groups).
 
-    Exact by dynamic programming over subsets up to 9 heads; beyond, merges that cost least, each followed by moves and
-    swaps of single heads until none helps.
+    Exact by dynamic programming over subsets up to 9 heads; beyond, merges, splits, moves and swaps of single heads as long
+    as one helps (`many_heads.py`).
     """
     cost = lru_cache(maxsize=None)(cost)
-    search = _enumerate if heads <= EXACT_HEADS else _agglomerate
-    return [(total, sorted(map(list, groups))) for total, groups in search(cost, heads)]
+    return enumerated(cost, heads) if heads <= EXACT_HEADS else many_partitions(Groups(cost, heads))
 
 
-def _enumerate(cost, heads):
+def enumerated(cost, heads):
+    """The best of all partitions, by dynamic programming over subsets: [(cost, groups)] for n = 1 … heads."""
     full = (1 << heads) - 1
     members = [tuple(h for h in range(heads) if mask >> h & 1) for mask in range(full + 1)]
     price = [0.0] + [cost(group) for group in members[1:]]
@@ -54,43 +55,8 @@ def _enumerate(cost, heads):
                     break
                 part = (part - 1) & rest
         best.append(table)
-    return [best[n][full] for n in range(1, heads + 1)]
-
-
-def _agglomerate(cost, heads):
-    groups = [(h,) for h in range(heads)]
-    results = []
-    while True:
-        groups = _improve(cost, groups)
-        results.append((sum(map(cost, groups)), tuple(groups)))
-        if len(groups) == 1:
-            return results[::-1]
-        a, b = min(combinations(groups, 2), key=lambda pair: cost(_union(*pair)) - cost(pair[0]) - cost(pair[1]))
-        groups = [group for group in groups if group not in (a, b)] + [_union(a, b)]
-
-
-def _union(a, b):
-    return tuple(sorted(a + b))
-
-
-def _improve(cost, groups):
-    """Move one head, or swap two of different groups, as long as the best such step lowers the cost."""
-    while True:
-        best, step = -1e-12, None
-        for a, b in combinations(groups, 2):
-            for heads_a in ((), *((h,) for h in a)):
-                for heads_b in ((), *((h,) for h in b)):
-                    new_a = tuple(sorted(set(a) - set(heads_a) | set(heads_b)))
-                    new_b = tuple(sorted(set(b) - set(heads_b) | set(heads_a)))
-                    if not new_a or not new_b or (new_a, new_b) == (a, b):
-                        continue
-                    change = cost(new_a) + cost(new_b) - cost(a) - cost(b)
-                    if change < best:
-                        best, step = change, (a, b, new_a, new_b)
-        if step is None:
-            return groups
-        a, b, new_a, new_b = step
-        groups = [group for group in groups if group not in (a, b)] + [new_a, new_b]
+    found = [best[n][full] for n in range(1, heads + 1)]
+    return [(total, sorted(map(list, groups))) for total, groups in found]
 
 
 def group_heads(model, blocks, method="spectral", energies=None):
@@ -108,8 +74,10 @@ def group_heads(model, blocks, method="spectral", energies=None):
 def layer_partitions(attention, energies=None):
     """`group_heads` for one layer: [kind][n − 1] = (cost, groups), judged by mean pooling if there are no `energies`."""
     heads = attention.k_proj.out_features // attention.head_dim
-    costs = energies.costs() if energies else mean_cost(attention)
-    return [best_partitions(cost, heads) for cost in costs]
+    key_cost, value_cost = energies.costs() if energies else mean_cost(attention)
+    if energies and heads > EXACT_HEADS:
+        return [best_partitions(key_cost, heads), many_partitions(ValueGroups(energies))]
+    return [best_partitions(cost, heads) for cost in (key_cost, value_cost)]
 
 
 def plan_of_counts(partitions, counts):

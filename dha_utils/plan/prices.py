@@ -35,19 +35,20 @@ MEASURED_PIECES, MEASURED_TOKENS = 8, 1024  # many short pieces: texts differ mo
 PREDICTED_EVERY = 2  # one token in so many is predicted: with a large vocabulary the head costs as much as the layers
 
 
-def loss_increase(model, blocks, method="spectral", alone="measured"):
+def loss_increase(model, blocks, method="spectral", alone="layer"):
     """[layers, 2, heads]: the increase of the LM loss (nats per token) if one layer keeps n = 1 … heads key (value) heads.
 
     `blocks` [blocks, length]: calibration tokens. `MEASURED_PIECES` of them, at most half, cut to `MEASURED_TOKENS` in
     all, measure; the others make the groups and the fusion: measured on the text it was fitted to, sharing looks cheaper
     than it is, values most. The increase by one layer alone is estimated by the KL divergence from the source's
     predictions: that of the loss on so few tokens is noise, for a layer that matters little even in its sign. `alone`:
-    "measured", by running the rest of the model; "layer", to second order, from that layer and one backward pass
-    (`residual_gradients`), for models that are read a layer at a time. Single divergences add up to less than all layers
-    cost together, by another factor for keys than for values; so they are scaled to the increase of the loss with n heads
-    in every layer at once. Measured for the n of `head_grid`, between them interpolated; never rising with n.
+    "layer", to second order, from that layer and one backward pass (`residual_gradients`); "measured", by running the rest
+    of the model, which must be in memory, once for each case (`benchmarks/layer_prices.py` compares them). Single
+    divergences add up to less than all layers cost together, by another factor for keys than for values; so they are scaled
+    to the increase of the loss with n heads in every layer at once. Priced for the n of `head_grid`, between them
+    interpolated; never rising with n.
 
-    Raises ValueError with fewer than two blocks, or if `alone` is unknown.
+    Raises ValueError with fewer than two blocks, if `alone` is unknown, or "measured" of a model that is not in memory.
     """
     walk = PriceWalk(model, blocks, method, alone)
     steps = tqdm(each_layer(model), "pricing", len(model.model.layers), leave=False)
@@ -61,10 +62,12 @@ class PriceWalk:
     held-out pieces in a model all of whose layers share, "key n" and "value n" by the number of heads they keep.
     """
 
-    def __init__(self, model, blocks, method="spectral", alone="measured"):
+    def __init__(self, model, blocks, method="spectral", alone="layer"):
         check_method(method)
         if alone not in ALONE:
             raise ValueError(f"there is no way {alone!r} to price one layer alone: choose one of {', '.join(ALONE)}")
+        if alone == "measured" and hasattr(model, "shards"):
+            raise ValueError("prices cannot be measured on a model that is read a layer at a time: choose alone='layer'")
         if len(blocks) < 2:
             raise ValueError(
                 "measuring losses needs at least 2 calibration blocks: some make the fusion, others measure it"

@@ -40,7 +40,7 @@ class LossTrainer(Trainer):
 
 
 class _SaveByTheClock(TrainerCallback):
-    """Checkpoints between evaluations: a step takes anything from milliseconds to half a minute."""
+    """Checkpoints by the time they save, not by steps: one of all weights takes gigabytes, a step maybe milliseconds."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.saved = time.monotonic()
@@ -74,7 +74,8 @@ def train(
     `loss`: as `LossTrainer` takes it; None is the LM loss. `optimizer`: None is AdamW on the weights that require a
     gradient. `validation` [blocks, length]: its perplexity is measured `evaluations` times, evenly spaced, and at the
     start. `settings`: all else that the result depends on, the loss included; `arguments`: more of `TrainingArguments`.
-    `output_dir` gets `log.csv` (`training_log` reads it) and checkpoints, from which the same call resumes.
+    `output_dir` gets `log.csv` (`training_log` reads it) and, every `SAVE_SECONDS`, a checkpoint, from which the same call
+    resumes.
 
     Raises ValueError if the tokens do not make a step, a step is not a whole number of blocks, or several devices would
     each take the tokens of a step.
@@ -104,7 +105,7 @@ def train(
             eval_strategy="no" if validation is None else "steps",
             eval_steps=every,
             eval_on_start=validation is not None and not checkpoint,  # its log has the start
-            save_steps=every,
+            save_strategy="no",  # but `_SaveByTheClock`
             save_total_limit=1,
             report_to="none",
             disable_tqdm="TQDM_DISABLE" in os.environ,  # else Trainer's own bar, a table in notebooks

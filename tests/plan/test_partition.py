@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from dha_utils.plan.many_heads import Groups, many_partitions
 from dha_utils.plan.partition import (
-    _agglomerate,
     best_partitions,
     group_heads,
     pairwise_cost,
@@ -54,5 +54,5 @@ def test_merging_finds_clear_groups_beyond_enumeration():
 def test_merging_is_near_the_optimum():
     for seed in range(5):
         cost = random_costs(7, seed)
-        for (exact, _), (merged, _) in zip(best_partitions(cost, 7), _agglomerate(cost, 7)):
+        for (exact, _), (merged, _) in zip(best_partitions(cost, 7), many_partitions(Groups(cost, 7))):
             assert exact - 1e-9 <= merged <= exact * 1.15 + 1e-9

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_llama
+from scipy.stats import spearmanr
 
 from dha_utils import HeadPlan, fuse, plan_heads
 from dha_utils.measure.energies import head_energies
 from dha_utils.measure.perplexity import log_probabilities, token_losses
+from dha_utils.measure.stream import each_layer
 from dha_utils.plan.allocate import knapsack
 from dha_utils.plan.partition import (
     group_heads,
@@ -14,7 +17,11 @@ from dha_utils.plan.partition import (
     plan_of_counts,
 )
 from dha_utils.plan.prices import (
+    ALONE,
+    PriceWalk,
     after_refit,
+    head_grid,
+    interpolated,
     loss_increase,
     predictions,
     price_table,
@@ -22,6 +29,7 @@ from dha_utils.plan.prices import (
     shared_in_place,
     split_blocks,
 )
+from dha_utils.sources.shards import open_checkpoint
 
 
 def test_prices_never_rise_with_heads_and_end_at_nothing():
@@ -50,8 +58,9 @@ def test_running_from_a_layer_on_is_running_the_whole_model(mha, blocks):
     assert mha.model.layers[2].self_attn is before
 
 
-def test_measured_rises_add_up_to_what_all_layers_cost_together(mha, blocks):
-    increases = loss_increase(mha, blocks)
+@pytest.mark.parametrize("alone", ALONE)
+def test_prices_add_up_to_the_increase_by_all_layers_together(mha, blocks, alone):
+    increases = loss_increase(mha, blocks, alone=alone)
     fitted, held_out = split_blocks(blocks)
     partitions = group_heads(mha, fitted)
     base = token_losses(mha, held_out)
@@ -75,3 +84,27 @@ def test_a_plan_for_the_refit_keeps_fewer_keys(mha, blocks):
     assert all(few <= many for few, many in zip(*keys)) and sum(keys[0]) < sum(keys[1])
     plan = plan_heads(mha, blocks, 0.5)
     assert [list(pair) for pair in zip(plan.key_heads, plan.value_heads)] == knapsack(prices, 12)
+
+
+def test_slopes_put_layers_in_the_order_of_measured_divergences(blocks):
+    model = tiny_llama(num_attention_heads=8, hidden_size=64, num_hidden_layers=4)
+    divergences = {}
+    for alone in ALONE:
+        walk = PriceWalk(model, blocks.repeat(2, 1), alone=alone)
+        divergences[alone] = torch.stack([walk.price(index, layer)[1] for index, layer in each_layer(model)]).flatten()
+    assert spearmanr(*divergences.values()).statistic > 0.8
+
+
+def test_many_heads_are_priced_on_a_grid_and_between():
+    assert head_grid(8) == [1, 2, 3, 4, 5, 6, 7] and head_grid(1) == []
+    assert head_grid(32) == [1, 2, 4, 8, 16, 24] and head_grid(64) == [1, 2, 4, 8, 16, 32, 48] and head_grid(12)[-1] == 9
+    priced = torch.tensor([8.0, 4, 2, 1, 0.5, 0.25]).expand(3, 2, 6)
+    prices = interpolated(priced, head_grid(32), 32)
+    assert torch.allclose(prices[..., [0, 1, 3, 7, 15, 23]], priced) and (prices.diff(dim=-1) < 0).all()
+    assert (prices[..., -1] == 0).all()
+
+
+def test_prices_are_not_measured_on_a_model_that_is_not_there(blocks):
+    model, _ = open_checkpoint("wiki-mha", "cpu")
+    with pytest.raises(ValueError, match="cannot be measured on a model that is read a layer at a time"):
+        loss_increase(model, blocks, alone="measured")

@@ -21,11 +21,9 @@ def fused(mha, blocks):
     return fuse(mha, HeadPlan.uniform(mha.config, 2, 1), blocks)
 
 
-@pytest.mark.parametrize("evaluations, seconds, saved", [(5, 300, 4), (1, 0, 5)])
-def test_interrupted_training_ends_where_a_whole_run_does(
-    mha, fused, blocks, tmp_path, monkeypatch, evaluations, seconds, saved
-):
-    monkeypatch.setattr(training, "SAVE_SECONDS", seconds)
+@pytest.mark.parametrize("evaluations", [5, 1])
+def test_interrupted_training_ends_where_a_whole_run_does(mha, fused, blocks, tmp_path, monkeypatch, evaluations):
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
 
     def run(folder):
         settings = {"tokens_per_step": 64, "learning_rate": 1e-3, "evaluations": evaluations, "output_dir": folder}
@@ -37,13 +35,18 @@ def test_interrupted_training_ends_where_a_whole_run_does(
     with killed_at_step(fused, 6):
         run(tmp_path / "cut")
     [kept] = (tmp_path / "cut").glob("*/checkpoint-*")
-    assert kept.name == f"checkpoint-{saved}"
+    assert kept.name == "checkpoint-5"
     resumed = run(tmp_path / "cut")
     assert not changed(whole, resumed)
     log = training_log(tmp_path / "whole")
     measured = ["tokens", "perplexity"]
     assert training_log(tmp_path / "cut")[measured].equals(log[measured])
     assert not changed(whole, run(tmp_path / "whole")) and training_log(tmp_path / "whole").equals(log)
+
+
+def test_a_short_run_writes_no_checkpoint(fused, blocks, tmp_path):
+    runs = [pretrain(fused, blocks, 640, tokens_per_step=64, output_dir=tmp_path) for _ in range(2)]
+    assert not changed(*runs) and not list(tmp_path.glob("*/checkpoint-*"))
 
 
 CHANGES = {

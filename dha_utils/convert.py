@@ -10,10 +10,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import pandas as pd
 import torch
 from transformers import __version__
 
-from .compare.card import model_card
+from .compare.card import model_card, model_name
 from .fuse.layer import FusedLayer, dha_config, fuse_layer, fused_attention
 from .fuse.model import check_plan
 from .fuse.refit import refit_layer, round_weights
@@ -28,7 +29,7 @@ from .plan.partition import plan_of_counts
 from .plan.prices import PriceWalk, after_refit
 from .runs import expand, fingerprint, write_whole
 from .sources.families import check_source
-from .sources.output import check_disk, is_finished, work_folder, write_index, write_weights
+from .sources.output import check_disk, is_finished, put_in_place, work_folder, write_index, write_weights
 from .sources.precision import as_dtype, dtype_name, served_dtype
 from .sources.shards import open_checkpoint
 
@@ -51,6 +52,7 @@ def convert(
     refit=True,
     seed=0,
     text="",
+    replace=False,
 ):
     """The folder `out` of a DHA checkpoint made from `source`, with its tokenizer and a model card; no training.
 
@@ -58,7 +60,8 @@ def convert(
     `tokenizer`). `blocks` [blocks, length]: calibration tokens. The target is one of `budget`, `cache_bytes` and
     `max_increase` (as of `plan_heads`), or a `plan`. `dtype`: of the weights written; None is the source's. `device`: None
     is CUDA or MPS if there is one. `validation` [blocks, length]: measured before and after, for the model card. `refit`:
-    whether each layer is fitted to the source after its fusion. `text`: the name of the text, for the model card.
+    whether each layer is fitted to the source after its fusion. `text`: its name, for the model card. `replace`: whether
+    another DHA checkpoint in `out` may be replaced, once the new one is whole.
 
     A conversion that was killed goes on where it was if it is started again. Raises ValueError if `out` holds anything
     else, the source cannot be read, the target cannot be met, or the disk is too small.
@@ -71,7 +74,7 @@ def convert(
     target = {name: value for name, value in target.items() if value is not None}
     check_request(model, blocks, plan, target)
     request = target | {
-        "source": str(source) if named else model.name_or_path,
+        "source": model_name(str(source) if named else model.name_or_path),
         "source_content": model.shards.fingerprint() if named else fingerprint(model),
         "text": text,
         "text_content": fingerprint(blocks, validation),
@@ -81,9 +84,9 @@ def convert(
         "seed": seed,
         "versions": f"torch {torch.__version__}, transformers {__version__}",
     }
-    if is_finished(out, request):
+    if is_finished(out, request, replace):
         return out
-    work = work_folder(out, request)
+    work = work_folder(out, request, replace)
     check_disk(work, model, dtype, blocks)
     plan = plan or plan_layers(model, blocks, work, **target)
     record = convert_layers(model, blocks, plan, work, dtype, validation, refit, seed)
@@ -191,6 +194,11 @@ def finish(model, tokenizer, work, out, dtype, record):
     write_whole(work / "README.md", model_card(model, config, record))
     for left in (work / "request.json", work / "plan.json", work / "converting.safetensors"):
         left.unlink(missing_ok=True)
-    if out.is_dir():
-        out.rmdir()  # empty: `is_finished` has looked
-    work.rename(out)
+    put_in_place(work, out)
+
+
+def conversion_errors(folder):
+    """The table of errors of a conversion with refit, one row per layer and stage, as `refit` returns it."""
+    layers = json.loads((Path(folder) / "conversion.json").read_text())["layers"]
+    rows = {(index, stage): error for index, layer in enumerate(layers) for stage, error in layer["errors"].items()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["layer", "stage"])

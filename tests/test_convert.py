@@ -4,12 +4,14 @@ import json
 import shutil
 from importlib import import_module
 
+import pandas as pd
 import pytest
 import torch
 from conftest import SHAPES, logits, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from dha_utils import HeadPlan, convert, fuse, load_checkpoint, perplexity, refit, save_checkpoint
+from dha_utils.convert import conversion_errors
 from dha_utils.measure.stream import each_layer
 from dha_utils.sources.shards import open_checkpoint
 
@@ -50,9 +52,10 @@ def test_a_conversion_is_fusion_and_refit_in_memory(checkpoint, blocks, tmp_path
     source, _ = load_checkpoint(checkpoint)
     plan = HeadPlan.uniform(source.config, 2, 1)
     out = convert(checkpoint, blocks, tmp_path / "out", plan=plan, device="cpu", validation=blocks[:2], text="random")
-    expected, _ = refit(fuse(source, plan, blocks), source, blocks)
+    expected, errors = refit(fuse(source, plan, blocks), source, blocks)
     converted, _ = load_checkpoint(out)
     assert torch.allclose(logits(converted, blocks), logits(expected, blocks), atol=1e-4)
+    pd.testing.assert_frame_equal(conversion_errors(out), errors, rtol=1e-2)
     record = json.loads((out / "conversion.json").read_text())
     assert torch.tensor(record["losses"]["fused"]).mean().exp().item() == pytest.approx(
         perplexity(converted, blocks[:2]), 1e-4
@@ -121,6 +124,22 @@ def test_a_finished_or_foreign_folder_is_not_touched(checkpoint, blocks, tmp_pat
     for change in ({"budget": 0.75}, {"budget": 0.5, "seed": 1}, {"budget": 0.5, "dtype": "bfloat16"}):
         with pytest.raises(ValueError, match="holds something else than this conversion"):
             convert(checkpoint, blocks, tmp_path / "half", device="cpu", refit=False, **change)
+
+
+def test_another_conversion_is_replaced_if_it_may_be(checkpoint, blocks, tmp_path, monkeypatch):
+    def made(budget):
+        return convert(checkpoint, blocks, tmp_path / "out", budget, device="cpu", refit=False, replace=True)
+
+    made(0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(import_module("dha_utils.convert"), "finish", lambda *_: None)
+        made(0.75)
+    assert load_checkpoint(tmp_path / "out")[0].config.budget == 0.5, "as long as the new one is not whole"
+    assert load_checkpoint(made(1))[0].config.budget == 1
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else than this conversion"):
+        made(0.5)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_another_unfinished_conversion_is_not_touched(checkpoint, blocks, tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ source {source:.2f}, this model {fused:.2f}, {mean:.3f} times (95 % interval ove
 def model_card(model, config, record):
     """The text of a README.md, as `push_to_hub` uploads it, from the `record` of `convert` and the `DhaConfig` made."""
     request = record["request"] | {"text": record["request"]["text"] or "an unnamed text"}
-    name, revision = model_name(request["source"]), getattr(model.config, "_commit_hash", None)
+    name, revision = request["source"], getattr(model.config, "_commit_hash", None)
     data = ModelCardData(
         base_model=name if "/" in name else None,
         license=source_licence(model),

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.interpolate import PchipInterpolator
+from scipy.stats import spearmanr
 from torch.nn.functional import kl_div
 from tqdm import tqdm
 
@@ -215,3 +216,17 @@ def read_prices(path):
     """The inverse of `price_table(prices).to_csv(path)`: a tensor [layers, 2, heads]."""
     table = pd.read_csv(path, index_col=["layer", "kind"])
     return torch.tensor(table.to_numpy()).unflatten(0, (-1, 2))
+
+
+def price_agreement(rows):
+    """Spearman's ρ of prices from the layer alone with the measured ones, and the minutes of each way: a Series.
+
+    `rows`: of `benchmarks/layer_prices.py`, one model.
+    """
+    figures = {}
+    for way in ("slopes", "stream"):
+        for kind, chosen in rows.groupby("kind"):
+            figures[way, f"ρ, {kind}s"] = spearmanr(chosen[way], chosen["measured"]).statistic
+    for way in ("measured", "slopes", "stream"):
+        figures[way, "minutes"] = rows[f"{way}_seconds"].iloc[0] / 60
+    return pd.Series(figures)

@@ -1,7 +1,6 @@
 """Where trained models come from and go to: two that need no hub, a folder, or a hub name."""
 
 import copy
-import json
 import shutil
 from contextlib import contextmanager
 from textwrap import shorten
@@ -13,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..runs import ROOT, expand, find
 from .families import llama_config, without_weights
+from .output import is_checkpoint, put_in_place, take_back
 from .precision import as_dtype, cast_weights, check_dtype, pick_device, served_dtype
 from .smollm2 import fetch_smollm2
 
@@ -107,28 +107,15 @@ def save_checkpoint(model, tokenizer, path, dtype=None):
     """
     path = expand(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
-    if old.exists() and not path.exists():  # killed between the two renames below
-        old.rename(path)
-    if path.exists() and not (path.is_dir() and _is_checkpoint(path, model.config.model_type)):
+    partial = path.with_name(f".{path.name}.partial")
+    take_back(path)
+    if path.exists() and not is_checkpoint(path, model.config.model_type):
         raise ValueError(
             f"{path} is there and holds other things than a {model.config.model_type} checkpoint: choose another folder"
         )
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     dtype = as_dtype(dtype or served_dtype(model))
     own = model if dtype == model.dtype else cast_weights(copy.deepcopy(model), dtype)
     own.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _is_checkpoint(folder, model_type):
-    names = [entry.name for entry in folder.iterdir()]
-    known = (".json", ".safetensors", ".model", ".jinja", "README.md", "vocab.txt", "merges.txt")
-    if "config.json" not in names or not all(name.endswith(known) for name in names):
-        return not names  # an empty folder may become one
-    return json.loads((folder / "config.json").read_text()).get("model_type") == model_type
+    put_in_place(partial, path)

@@ -10,30 +10,39 @@ from ..runs import write_whole
 from .shards import INDEX
 
 
-def is_finished(out, request):
-    """Whether `out` holds this very conversion. Raises ValueError if it holds anything else."""
-    if not out.exists() or out.is_dir() and not any(out.iterdir()):
-        return False
+def is_finished(out, request, replace=False):
+    """Whether `out` holds this very conversion.
+
+    Raises ValueError if it holds anything else, but for another DHA checkpoint with `replace`.
+    """
+    take_back(out)
     record = out / "conversion.json"
     if record.is_file() and json.loads(record.read_text())["request"] == as_json(request):
         return True
-    raise ValueError(f"{out} is there and holds something else than this conversion: choose another folder")
+    if out.exists() and not (is_checkpoint(out, "dha") if replace else out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} is there and holds something else than this conversion: choose another folder")
+    return False
 
 
 def as_json(request):
     return json.loads(json.dumps(request))
 
 
-def work_folder(out, request):
-    """The folder beside `out` in which the conversion grows. Raises ValueError if another one is unfinished there."""
+def work_folder(out, request, replace=False):
+    """The folder beside `out` in which the conversion grows.
+
+    Raises ValueError if another one is unfinished there, unless it may be replaced.
+    """
     work = out.with_name(f".{out.name}.converting")
     if (work / "request.json").is_file():
         stored, request = json.loads((work / "request.json").read_text()), as_json(request)
         changed = sorted(name for name in stored.keys() | request.keys() if stored.get(name) != request.get(name))
-        if changed:
+        if changed and not replace:
             raise ValueError(
                 f"{work} holds an unfinished conversion with another {', '.join(changed)}: delete it, or choose another out"
             )
+        if changed:
+            shutil.rmtree(work)
     write_whole(work / "request.json", json.dumps(request))
     return work
 
@@ -62,3 +71,31 @@ def write_index(folder):
             files |= dict.fromkeys(opened.keys(), path.name)
         total += path.stat().st_size
     write_whole(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=1))
+
+
+def is_checkpoint(folder, model_type):
+    """Whether a folder holds nothing but a checkpoint of that type, or nothing at all."""
+    if not folder.is_dir():
+        return False
+    names = [entry.name for entry in folder.iterdir()]
+    known = (".json", ".safetensors", ".model", ".jinja", "README.md", "vocab.txt", "merges.txt")
+    if "config.json" not in names or not all(name.endswith(known) for name in names):
+        return not names  # an empty folder may become one
+    return json.loads((folder / "config.json").read_text()).get("model_type") == model_type
+
+
+def put_in_place(partial, path):
+    """Gives a whole folder its name, in the place of the one that may be there."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def take_back(path):
+    """Undoes a `put_in_place` that was killed between its two renames."""
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        old.rename(path)

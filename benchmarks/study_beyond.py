@@ -103,20 +103,6 @@ def ladder(rows, title):
     return figure
 
 
-def growth(costs):
-    """How seconds and memory grow with each dimension of a random model: the exponent of a power law through its cases.
-
-    `costs`: rows of `benchmarks/conversion_cost.py`, one size of text.
-    """
-    table = {}
-    for dimension in ("layers", "heads", "hidden"):
-        cases = costs[costs["case"].str.startswith((dimension, "base"))]
-        total = cases.groupby(dimension).agg(seconds=("seconds", "sum"), peak_mib=("peak_mib", "max"))
-        sizes = np.log(total.index.to_numpy(dtype=float))
-        table[dimension] = {column: np.polyfit(sizes, np.log(total[column]), 1)[0] for column in total}
-    return pd.DataFrame(table).T.rename_axis("grows with")
-
-
 def ways(rows):
     """The rows of `benchmarks/recovery.py` with a column `method` that names start, loss and what was trained.
 

@@ -7,7 +7,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..runs import write_whole
-from .shards import INDEX
+
+INDEX = "model.safetensors.index.json"
 
 
 def is_finished(out, request, replace=False):

@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from ..runs import content
 from .checkpoints import explained, find_checkpoint, load_tokenizer
 from .families import without_weights
+from .output import INDEX
 from .precision import pick_device
-
-INDEX = "model.safetensors.index.json"
 
 
 def open_checkpoint(name_or_path, device=None):

@@ -134,8 +134,13 @@ def _read(file):
 @lru_cache(maxsize=1)
 def _wikipedia():
     """English Wikipedia as of the dump that gensim ships: articles only (no redirects), mark-up removed."""
-    from gensim.corpora.wikicorpus import extract_pages, filter_wiki
-    from gensim.test.utils import datapath
+    try:
+        from gensim.corpora.wikicorpus import extract_pages, filter_wiki
+        from gensim.test.utils import datapath
+    except ImportError as error:
+        raise ValueError(
+            "the text 'wikipedia' is in the package gensim: pip install gensim, or give another text"
+        ) from error
 
     dump = datapath("enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2")
     with bz2.open(dump) as file:
@@ -160,9 +165,9 @@ def _passages(text):
 
 @lru_cache(maxsize=2)
 def _hub(name):
-    from datasets import load_dataset
-
     try:
+        from datasets import load_dataset
+
         rows = load_dataset(name, split="train")
         return [text for text in rows["text"] if text and text.strip()]
     except Exception as error:

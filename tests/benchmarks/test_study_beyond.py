@@ -4,7 +4,7 @@ from itertools import product
 
 import pandas as pd
 import pytest
-from study_beyond import STEPS, against_low_rank, beside_gqa, growth, ladder, recovery_table, step_gains, ways
+from study_beyond import STEPS, against_low_rank, beside_gqa, ladder, recovery_table, step_gains, ways
 
 
 @pytest.fixture
@@ -49,20 +49,6 @@ def test_gains_are_paired_by_draw(fused):
     table = step_gains(fused)
     assert list(table.columns) == [0.5, 0.25] and list(table.index) == list(STEPS.values())[1:]
     assert table.to_numpy() == pytest.approx(0.9)
-
-
-def test_growth_is_the_exponent():
-    costs = [
-        {"case": f"{dimension} {n}", "layers": 8, "heads": 8, "hidden": 512, dimension: n}
-        for dimension, sizes in (("layers", (4, 16)), ("heads", (4, 16)), ("hidden", (256, 1024)))
-        for n in sizes
-    ] + [{"case": "base", "layers": 8, "heads": 8, "hidden": 512}]
-    costs = pd.concat([pd.DataFrame(costs).assign(stage=stage) for stage in ("fusion", "refit")])
-    costs["seconds"] = costs["layers"] * costs["heads"] ** 0.5 * costs["hidden"] ** 2.0
-    costs["peak_mib"] = costs["layers"] * costs["hidden"]
-    table = growth(costs)
-    assert table["seconds"].tolist() == pytest.approx([1, 0.5, 2])
-    assert table["peak_mib"].tolist() == pytest.approx([1, 0, 1], abs=1e-9)
 
 
 def test_ways_to_recover_are_compared_after_equal_tokens_and_seconds():

@@ -7,7 +7,9 @@ import torch
 from ..measure.moments import with_bias
 from ..model.config import DhaConfig
 from ..model.dha import DhaAttention, register_tables
+from ..sources.families import NORMED, NOT_LLAMAS
 from .mean import mean_head
+from .normed import fuse_normed_keys
 from .spectral import fuse_keys, fuse_values
 
 
@@ -27,10 +29,16 @@ def fuse_layer(attention, key_groups, value_groups, energies=None):
     d, queries_per_head = attention.head_dim, attention.num_key_value_groups
     query = with_bias(attention.q_proj).unflatten(0, (-1, d)).clone()
     output = attention.o_proj.weight.unflatten(1, (-1, d)).clone()
-    keys, values, frequencies = [], [], []
-    for group in key_groups:
+    keys, values, frequencies, norms = [], [], [], own_norms(attention, len(key_groups))
+    for index, group in enumerate(key_groups):
         if energies is None or len(group) == 1:
             key, planes = mean_head(attention.k_proj, group, d), torch.arange(d // 2)
+        elif norms:
+            key, weight, gauge, planes = fuse_normed_keys(attention, energies, group)
+            norms["k_norm.weight"][index] = weight
+            norms["query_gauge"][query_heads(group, queries_per_head)] = gauge.repeat_interleave(queries_per_head, 0).to(
+                query
+            )
         else:
             key, rows, planes = fuse_keys(attention, energies, group)
             query[query_heads(group, queries_per_head)] = rows.unflatten(0, (-1, d)).to(query)
@@ -45,7 +53,20 @@ def fuse_layer(attention, key_groups, value_groups, energies=None):
         values.append(value.to(output))
     maps = [head_map(groups, queries_per_head) for groups in (key_groups, value_groups)]
     rows = {"q_proj": query.flatten(0, 1), "k_proj": torch.cat(keys), "v_proj": torch.cat(values)}
-    return FusedLayer(*maps, frequencies, weights_by_name(attention, rows, output.flatten(1)))
+    return FusedLayer(*maps, frequencies, weights_by_name(attention, rows, output.flatten(1)) | norms)
+
+
+def own_norms(attention, keys):
+    """The norms of a normalising attention (`normed.py`) as those of `keys` key heads and all query heads; {} without."""
+    if not hasattr(attention, "q_norm"):
+        return {}
+    heads, d = attention.q_proj.out_features // attention.head_dim, attention.head_dim
+    gauge = torch.cat([torch.ones(heads, d // 2), torch.zeros(heads, d // 2)], 1).to(attention.q_norm.weight)
+    norms = {
+        "q_norm.weight": attention.q_norm.weight.repeat(heads, 1),
+        "k_norm.weight": attention.k_norm.weight.repeat(keys, 1),
+    }
+    return norms | {"query_gauge": gauge}
 
 
 def weights_by_name(attention, rows, output):
@@ -75,9 +96,9 @@ def dha_config(config, fused_layers):
     """The `DhaConfig` of a LLaMA `config` with the layout of `fused_layers`."""
     standard = list(range(config.head_dim // 2))
     frequencies = [layer.key_frequencies for layer in fused_layers]
-    settings = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
+    settings = {key: value for key, value in config.to_dict().items() if key not in NOT_LLAMAS}
     return DhaConfig(
-        **settings | {"num_hidden_layers": len(fused_layers)},
+        **settings | {"num_hidden_layers": len(fused_layers), "query_key_norm": config.model_type in NORMED},
         key_head_map=[layer.key_head_map for layer in fused_layers],
         value_head_map=[layer.value_head_map for layer in fused_layers],
         key_frequencies=frequencies if any(head != standard for heads in frequencies for head in heads) else None,

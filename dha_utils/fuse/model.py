@@ -88,7 +88,7 @@ def to_llama(model):
     maps, kept = list(zip(config.key_head_map, config.value_head_map)), config.num_key_value_heads
     pairs = [Counter(zip(keys, values)) for keys, values in maps]  # (key head, value head): how many query heads
     plain = all(len(pair) == kept and len(set(pair.values())) == 1 for pair in pairs)
-    if set(sum(config.head_counts(), ())) != {kept} or not plain or config.key_frequencies:
+    if set(sum(config.head_counts(), ())) != {kept} or not plain or config.key_frequencies or config.query_key_norm:
         raise ValueError(
             "a plain LLaMA cannot hold this model: it has one number of key and value heads in all layers, shared by the "
             "same query heads in groups of one size, with standard RoPE planes; fuse with HeadPlan.uniform(config, n, n), "

@@ -16,21 +16,26 @@ def fuse_keys(attention, energies, group):
     Returns the rows of k_proj [d, n], those of q_proj [queries · d, n] (query heads in the order of `group`) and the
     RoPE frequency of each plane [d/2].
     """
-    d = attention.head_dim
+    into, back, plane = shared_planes(energies, group)
+    key, query = key_and_query_planes(attention)
+    shared = into.unsqueeze(-1).mul(key[group][:, plane]).sum(0, keepdim=True)
+    queries = back[:, None, :, None] * query[group][:, :, plane]
+    scale = balance(queries.abs().square().sum(-1).mean((0, 1)), shared[0].abs().square().sum(-1))
+    return from_planes(shared * scale[:, None]), from_planes((queries / scale[:, None]).flatten(0, 1)), plane
+
+
+def shared_planes(energies, group):
+    """The shared key of a group, plane by plane: (factors [g, d/2] of its keys, of its queries, planes chosen [d/2])."""
     values, vectors = energies.key_spectrum(group)
     if energies.free_frequencies:
-        chosen = values.flatten().topk(d // 2).indices.sort().values
+        chosen = values.flatten().topk(len(values)).indices.sort().values
     else:
-        chosen = torch.arange(d // 2) * len(group) + len(group) - 1
+        chosen = torch.arange(len(values)) * len(group) + len(group) - 1
     plane, rank = chosen // len(group), chosen % len(group)
     u = vectors[plane, :, rank].T  # [g, d/2]
     weight = energies.query_weight[group][:, plane]
-    key, query = key_and_query_planes(attention)
-    shared = (u * weight).unsqueeze(-1).mul(key[group][:, plane]).sum(0, keepdim=True)
     used = torch.where(weight > 0, weight, torch.inf)  # a query that the text never uses, a pruned head's, is dropped
-    queries = (u / used)[:, None, :, None] * query[group][:, :, plane]
-    scale = balance(queries.abs().square().sum(-1).mean((0, 1)), shared[0].abs().square().sum(-1))
-    return from_planes(shared * scale[:, None]), from_planes((queries / scale[:, None]).flatten(0, 1)), plane
+    return u * weight, u / used, plane
 
 
 def fuse_values(attention, energies, group):

@@ -32,6 +32,22 @@ def key_and_query_planes(attention):
     return key, query.unflatten(0, (len(key), -1))
 
 
+def normed_rows(projection, norm, plain):
+    """The rows of a projection [heads · d, n], in float64; with a `norm` of each head behind it, as that scales them.
+
+    `plain` [n, n]: second moment of the input. A norm divides by a number that changes from token to token: here by its
+    root mean square.
+    """
+    rows = as_float64(with_bias(projection))
+    if norm is None:
+        return rows
+    heads = rows.unflatten(0, (-1, len(norm.weight)))
+    energy = ((heads @ plain) * heads).sum(-1).mean(-1)  # [heads]
+    return (heads * as_float64(norm.weight)[:, None] * (energy + norm.variance_epsilon).rsqrt()[:, None, None]).flatten(
+        0, 1
+    )
+
+
 def plane_coherence(rotary, distances=64):
     """κ_p [d/2]: how far plane p still looks the same to a query over the nearest keys, |mean_Δ exp(iθ_pΔ)|².
 
@@ -48,7 +64,8 @@ class HeadEnergies:
     `key_energy`: complex [d/2, heads, heads], G_hh' = √(w_h w_h') E[conj(k_h) k_h'] in each plane, w_h the mean squared
     magnitude of the queries of key head h. `value_energy`: [heads · d, heads · d], E[v vᵀ] of the attended values.
     `value_metric`: [heads · d, d], per head P_h = (Σ o_projᵀ o_proj)^½ over its query heads. Heads are the source's
-    key-value heads. All in float64: a fusion that could be exact shall be, and the spectra fall steeply.
+    key-value heads. `plain`: the moment of that name, kept only where keys are normalised (`fuse/normed.py`). All in
+    float64: a fusion that could be exact shall be, and the spectra fall steeply.
     """
 
     query_weight: torch.Tensor
@@ -56,13 +73,16 @@ class HeadEnergies:
     value_energy: torch.Tensor
     value_metric: torch.Tensor
     free_frequencies: bool = True
+    plain: torch.Tensor | None = None
 
     @classmethod
     @torch.no_grad()
     def measure(cls, attention, rotary, moments, free_frequencies=True):
         d = attention.head_dim
         plain, seen, attended = (as_float64(moment) for moment in (moments.plain, moments.seen, moments.attended))
-        key, query, value = (as_float64(with_bias(p)) for p in (attention.k_proj, attention.q_proj, attention.v_proj))
+        norms = getattr(attention, "k_norm", None), getattr(attention, "q_norm", None)
+        key, query = (normed_rows(p, n, plain) for p, n in zip((attention.k_proj, attention.q_proj), norms))
+        value = as_float64(with_bias(attention.v_proj))
         output = as_float64(attention.o_proj.weight).T.unflatten(0, (len(key) // d, -1, d))  # [heads, queries, d, hidden]
         weight = (as_planes(query @ plain, d).conj() * as_planes(query, d)).real.sum(-1)  # [query heads, d/2]
         weight = weight.unflatten(0, (len(output), -1)).sum(1).clamp(min=0).sqrt()
@@ -77,6 +97,7 @@ class HeadEnergies:
             value @ attended @ value.T,
             matrix_sqrt((output @ output.mT).sum(1)),
             free_frequencies,
+            plain if norms[0] is not None else None,
         )
 
     @property

@@ -1,13 +1,14 @@
 """The exact freedoms of attention, and a checkpoint whose redundancy is known because it was planted.
 
 Values: v_h → R v_h, o_proj_h → o_proj_h R⁻¹ for any invertible R. Keys: in every RoPE plane, read as a complex number,
-k_p → c k_p and q_p → q_p / conj(c) for any c ≠ 0. Neither changes the outputs of the model.
+k_p → c k_p and q_p → q_p / conj(c) for any c ≠ 0; c = ±1 where keys are normalised (Qwen3). Neither changes the outputs
+of the model.
 """
 
 import copy
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import rotate_half
 
 from ..sources.families import check_source
@@ -30,9 +31,10 @@ def apply_freedoms(model, seed=0):
     for layer in model.model.layers:
         attention, d = layer.self_attn, layer.self_attn.head_dim
         key = as_planes(with_bias(attention.k_proj).float(), d)
-        scalar = torch.polar(
-            torch.rand(key.shape[:2], generator=random) + 0.5, torch.rand(key.shape[:2], generator=random) * 2 * torch.pi
-        ).to(key.device)
+        modulus, angle = (torch.rand(key.shape[:2], generator=random) for _ in range(2))
+        scalar = torch.polar(modulus + 0.5, angle * 2 * torch.pi).to(key.device)
+        if hasattr(attention, "k_norm"):  # the norms leave only the sign free
+            scalar = scalar.real.sign().to(scalar.dtype)
         query = as_planes(with_bias(attention.q_proj).float(), d).unflatten(0, (len(key), -1))
         set_rows(attention.k_proj, from_planes(key * scalar[..., None]))
         set_rows(attention.q_proj, from_planes((query / scalar.conj()[:, None, :, None]).flatten(0, 1)))
@@ -57,7 +59,7 @@ def plant_redundancy(model, seed=0):
     copies = attention.num_key_value_groups
     if copies == 1:
         raise ValueError("planting needs a grouped-query model (num_key_value_heads < num_attention_heads)")
-    config = LlamaConfig(**model.config.to_dict() | {"num_key_value_heads": model.config.num_attention_heads})
+    config = type(model.config)(**model.config.to_dict() | {"num_key_value_heads": model.config.num_attention_heads})
     weights = model.state_dict()
     for name, weight in weights.items():
         if ".k_proj." in name or ".v_proj." in name:

@@ -14,6 +14,7 @@ class DhaConfig(LlamaConfig):
     head each. `key_frequencies`: per layer and key head, the RoPE frequency (an index below head_dim / 2) that each of
     its head_dim / 2 planes turns with. Absent: the standard order.
     `source_num_key_value_heads`: of the model that it was made from, so that the budget can be told from the config.
+    `query_key_norm`: whether queries and keys are normalised before RoPE (Qwen3), each head with weights of its own.
     `num_key_value_heads`, which others size caches by, is the most heads of a kind that a layer caches.
     """
 
@@ -23,6 +24,7 @@ class DhaConfig(LlamaConfig):
     value_head_map: list | None = None
     key_frequencies: list | None = None
     source_num_key_value_heads: int | None = None
+    query_key_norm: bool = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

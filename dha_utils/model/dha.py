@@ -43,6 +43,10 @@ class DhaAttention(LlamaAttention):
         self.v_proj = nn.Linear(config.hidden_size, values * self.head_dim, bias=bias)
         self.key_groups = QueryGroups(config.key_head_map[layer_idx])
         self.value_groups = QueryGroups(config.value_head_map[layer_idx])
+        if config.query_key_norm:
+            heads, d = config.num_attention_heads, self.head_dim
+            self.q_norm, self.k_norm = (HeadRMSNorm(n, d, config.rms_norm_eps) for n in (heads, keys))
+            self.query_gauge = nn.Parameter(torch.cat([torch.ones(heads, d // 2), torch.zeros(heads, d // 2)], 1))
         register_tables(self)
 
     def tables(self):
@@ -56,9 +60,10 @@ class DhaAttention(LlamaAttention):
             raise TypeError(f"DHA attention does not know the argument(s) {', '.join(sorted(unknown))}: leave them out")
         cache = past_key_values if cache is None else cache  # transformers 5.23 says the one, 5.24 the other
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key, value = (
-            project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (project(hidden_states).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.config.query_key_norm:
+            query, key = self._gauge(self.q_norm(query)), self.k_norm(key)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         query, key = self._rotate(query, key, *position_embeddings)
         if cache is not None:  # an empty cache is falsy
             self._check_cache(cache)
@@ -76,6 +81,17 @@ class DhaAttention(LlamaAttention):
                 self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
             )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _gauge(self, query):
+        """Behind a norm, a factor for each plane of a query cannot be in its projection: [batch, length, heads, d]."""
+        if self.key_planes is not None:  # a query carries the planes of its key head
+            place = self.key_planes[self.key_groups.group]
+            place = place + place.shape[-1] // 2 * (
+                torch.arange(place.shape[-1], device=place.device) >= place.shape[-1] // 2
+            )
+            query = query.gather(-1, place.expand_as(query))
+        real, imaginary = (part.repeat(1, 2) for part in self.query_gauge.chunk(2, -1))
+        return query * real + rotate_half(query) * imaginary
 
     def _rotate(self, query, key, cos, sin):
         """RoPE, each key head and its queries in the frequencies that the key head carries."""
@@ -119,6 +135,19 @@ class DhaAttention(LlamaAttention):
                     f"the cache holds {states.shape[1]} {kind} heads in layer {self.layer_idx}, this layer {count}: prefix "
                     "tuning and caches made by hand have one number of heads for all layers, keys and values"
                 )
+
+
+class HeadRMSNorm(nn.Module):
+    """RMSNorm over the dimensions of each head [..., heads, d], with weights of its own for each."""
+
+    def __init__(self, heads, head_dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(heads, head_dim)), eps
+
+    def forward(self, states):
+        exact = states.float()
+        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * exact.to(states.dtype)
 
 
 class QueryGroups(nn.Module):

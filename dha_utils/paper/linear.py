@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ..fuse.layer import FusedLayer, head_map, query_heads, weights_by_name
+from ..fuse.layer import FusedLayer, head_map, own_norms, query_heads, weights_by_name
 from ..fuse.model import assemble, check_plan
 from ..measure.moments import with_bias
 from ..measure.perplexity import perplexity
@@ -111,7 +111,7 @@ def collapse(model, plan):
             rows[name] = (means[..., None] * heads).sum(1).flatten(0, 1)
         maps = [head_map(groups, queries) for groups in (key_groups, value_groups)]
         standard = [list(range(attention.head_dim // 2))] * len(key_groups)
-        weights = weights_by_name(attention, rows, attention.o_proj.weight)
+        weights = weights_by_name(attention, rows, attention.o_proj.weight) | own_norms(attention, len(key_groups))
         fused_layers.append(FusedLayer(*maps, standard, weights))
     return assemble(model, fused_layers)
 

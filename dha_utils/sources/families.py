@@ -1,22 +1,23 @@
 """The model families whose attention is LLaMA's, and how each becomes an exact `LlamaForCausalLM` on loading."""
 
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
 
 from .precision import restore_frequencies
 
-SUPPORTED = "LLaMA 1 to 3, Mistral, Qwen2 and Qwen2.5, with attention over the whole context"
+SUPPORTED = "LLaMA 1 to 3, Mistral, Qwen2, Qwen2.5 and Qwen3, with attention over the whole context"
 AS_LLAMA = ("mistral", "qwen2")  # the same computation, and the same names of weights
+NORMED = ("qwen3",)  # a LLaMA whose queries and keys are normalised: `fuse/normed.py` says what that changes
 # of these families, beyond the settings that a LLaMA has
 NOT_LLAMAS = ("model_type", "architectures", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
 
 def llama_config(config, name):
-    """The `LlamaConfig` of a supported `config`; that of a LLaMA or DHA model itself. `name`: of the checkpoint.
+    """The `LlamaConfig` of a supported `config`; that of a LLaMA, DHA or Qwen3 model itself. `name`: of the checkpoint.
 
     Raises ValueError if the family, or a feature of it, is not supported.
     """
-    if config.model_type not in ("llama", "dha", *AS_LLAMA):
+    if config.model_type not in ("llama", "dha", *AS_LLAMA, *NORMED):
         raise ValueError(f"{name!r} is a {config.model_type!r} model: supported are {SUPPORTED}")
     if has_window(config):
         raise ValueError(f"{name!r} attends through a sliding window: supported are {SUPPORTED}")
@@ -39,20 +40,20 @@ def has_window(config):
 
 def without_weights(config, name):
     """Whether a weight of the LLaMA with this `config` stands for nothing in the family: Qwen2's o_proj has no bias."""
-    return bool(config.attention_bias) and name.endswith("o_proj.bias")
+    return config.model_type == "llama" and bool(config.attention_bias) and name.endswith("o_proj.bias")
 
 
 def check_source(model):
-    """Raises ValueError unless `model` is a plain LLaMA, whose heads are its own and whose weights can be multiplied."""
+    """Raises ValueError unless `model` is a plain LLaMA or Qwen3, with its own heads and weights that can be multiplied."""
     if model.config.model_type == "dha":
         raise ValueError("this is a 'dha' model already: give the LLaMA checkpoint that it was made from")
-    layers = model.model.layers if isinstance(model, LlamaForCausalLM) else []
+    layers = model.model.layers if isinstance(model, LlamaForCausalLM | Qwen3ForCausalLM) else []
     projections = [getattr(layer.self_attn, name) for layer in layers for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     odd = {type(part).__name__ for part in projections or [model] if type(part) is not nn.Linear}
     odd |= {type(part).__name__ for part in model.modules() if type(part).__module__.split(".")[0] == "peft"}
     if odd:
         raise ValueError(
             f"this model is made of {', '.join(sorted(odd))}: give a plain LlamaForCausalLM (load_checkpoint makes one of "
-            "Mistral and Qwen2), adapters merged (merge_and_unload), weights not quantised"
+            "Mistral and Qwen2) or Qwen3ForCausalLM, adapters merged (merge_and_unload), weights not quantised"
         )
     restore_frequencies(model)

@@ -11,6 +11,7 @@ from conftest import SHAPES, logits, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from dha_utils import HeadPlan, convert, fuse, load_checkpoint, perplexity, refit, save_checkpoint
+from dha_utils.__main__ import main
 from dha_utils.convert import conversion_errors
 from dha_utils.measure.stream import each_layer
 from dha_utils.sources.shards import open_checkpoint
@@ -190,3 +191,25 @@ def test_damaged_shards_are_one_sentence(checkpoint, blocks, tmp_path):
     with pytest.raises(ValueError, match=f"{name} of .* is not finite: the checkpoint has NaN or infinite weights"):
         convert(checkpoint, blocks, tmp_path / "out", 0.5, device="cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_converts_and_refuses_in_one_sentence(checkpoint, tmp_path, capsys):
+    sizes = ["--length", "32", "--calibration-blocks", "4", "--validation-blocks", "2", "--device", "cpu"]
+    command = ["convert", "--model", str(checkpoint), "--out", str(tmp_path / "out"), *sizes]
+    main([*command, "--budget", "0.75", "--no-refit", "--dtype", "bfloat16"])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    converted, _ = load_checkpoint(tmp_path / "out", "auto")
+    assert converted.config.budget == pytest.approx(0.75, abs=0.05) and converted.dtype == torch.bfloat16
+    assert "128 tokens of wikipedia" in (tmp_path / "out" / "README.md").read_text()
+    for wrong, match in (
+        (["--budget", "0.75"], "error: .* is there and holds something else than this conversion"),
+        (["--budget", "2"], "error: budget must be a number above 0 and at most 1"),
+        (["--cache-bytes", "1"], "error: a cache of 1 bytes a token is too small"),
+        (["--budget", "0.5", "--length", "4096"], "error: length must be at most the model's context, 128"),
+    ):
+        with pytest.raises(SystemExit, match=match):
+            main([*command, *wrong])
+    HeadPlan.uniform(converted.config, 1, 1).save(tmp_path / "plan.json")
+    with pytest.raises(SystemExit):  # argparse: two targets
+        main([*command, "--budget", "0.5", "--plan", str(tmp_path / "plan.json")])
+    assert "not allowed with argument" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def random_checkpoint(folder, shape):
     for place, (_, shapes) in enumerate(shards.items()):
         shard = {name: torch.ones(s) if len(s) == 1 else 0.02 * torch.randn(s) for name, s in shapes.items()}
         save_file({name: w.bfloat16() for name, w in shard.items()}, folder / f"model-{place:05d}.safetensors")
-    write_index(folder)
+    write_index(folder, sorted(path.name for path in folder.glob("*.safetensors")))
     config.save_pretrained(folder)
     load_tokenizer("wiki-mha", DATA / "wiki-mha", config).save_pretrained(folder)
 
@@ -127,7 +127,8 @@ def main():
     arguments = parse_arguments()
     for case in tqdm(arguments.cases, "cases"):
         tokens, fewer = arguments.blocks * arguments.length, {"layers": arguments.layers} if arguments.layers else {}
-        if has_row(arguments.out, {"case": case, "tokens": tokens, "device": arguments.device} | fewer):
+        run = {"case": case, "tokens": tokens, "length": arguments.length, "device": arguments.device}
+        if has_row(arguments.out, run | {"threads": torch.get_num_threads()} | fewer):
             continue
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             wanted = case, arguments.layers, arguments.blocks, arguments.length, arguments.device

@@ -57,9 +57,7 @@ def add_convert(actions):
     target.add_argument("--budget", type=float, help="share of the key and value heads to keep")
     target.add_argument("--cache-bytes", type=int, help="the most bytes of KV cache per token")
     target.add_argument("--max-increase", type=float, help="the largest increase of perplexity before refit, 0.05 for 5 %%")
-    target.add_argument(
-        "--plan", type=HeadPlan.load, metavar="plan.json", help="the heads that share, of a run of notebook 02"
-    )
+    target.add_argument("--plan", metavar="plan.json", help="the heads that share, as notebook 02 leaves them")
     parser.add_argument("--text", default="wikipedia", help="wikipedia, a file, a folder, or a data set of the hub")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights that are written; by default the checkpoint's own")
     parser.add_argument("--device", help="by default CUDA or MPS if there is one")
@@ -71,15 +69,27 @@ def add_convert(actions):
 
 
 def convert_checkpoint(
-    action, model, out, text, length, calibration_blocks, validation_blocks, budget, cache_bytes, max_increase, **options
+    action,
+    model,
+    out,
+    text,
+    length,
+    calibration_blocks,
+    validation_blocks,
+    budget,
+    cache_bytes,
+    max_increase,
+    plan,
+    **options,
 ):
     blocks = {"length": length, "calibration_blocks": calibration_blocks, "validation_blocks": validation_blocks}
     target = {"budget": budget, "cache_bytes": cache_bytes, "max_increase": max_increase}
     check_parameters(**blocks, **{name: value for name, value in target.items() if value is not None})
+    plan = plan and HeadPlan.load(plan)
     source, config = find_checkpoint(model)
     texts = {split: load_text(text, split) for split in ("train", "validation")}
     calibration, validation = text_blocks(model, config, load_tokenizer(model, source, config), texts, **blocks)
-    print(convert(model, calibration, out, validation=validation, text=text, **target, **options))
+    print(convert(model, calibration, out, validation=validation, text=text, plan=plan, **target, **options))
 
 
 def main(command_line=None):

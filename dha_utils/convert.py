@@ -8,6 +8,7 @@ the disk from time to time: a conversion that was killed goes on from there, to 
 import copy
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -26,8 +27,8 @@ from .measure.walk import Walk
 from .plan.allocate import heads_for_increase, knapsack, target_heads
 from .plan.head_plan import HeadPlan
 from .plan.partition import plan_of_counts
-from .plan.prices import PriceWalk, after_refit
-from .runs import expand, fingerprint, write_whole
+from .plan.prices import MEASURED_TOKENS, PriceWalk, after_refit, head_grid
+from .runs import expand, find, fingerprint, write_whole
 from .sources.families import check_source
 from .sources.output import check_disk, is_finished, put_in_place, work_folder, write_index, write_weights
 from .sources.precision import as_dtype, dtype_name, served_dtype
@@ -67,31 +68,45 @@ def convert(
     else, the source cannot be read, the target cannot be met, or the disk is too small.
     """
     named = isinstance(source, str | Path)
-    model, tokenizer = open_checkpoint(source, device) if named else (source, tokenizer)
+    if named:
+        model, own = open_checkpoint(source, device)
+        tokenizer = tokenizer or own
+    else:
+        model = source
+        if device is not None and torch.device(device).type != model.device.type:
+            raise ValueError(f"a model in memory is converted where it is, on {model.device}: leave device out")
     check_source(model)
     dtype, out = as_dtype(dtype or served_dtype(model)), expand(out)
     target = {"budget": budget, "cache_bytes": cache_bytes, "max_increase": max_increase, "plan": plan and asdict(plan)}
     target = {name: value for name, value in target.items() if value is not None}
     check_request(model, blocks, plan, target)
+    check_blocks(model, blocks, "calibration")
+    if validation is not None:
+        check_blocks(model, validation, "validation")
     request = target | {
         "source": model_name(str(source) if named else model.name_or_path),
         "source_content": model.shards.fingerprint() if named else fingerprint(model),
-        "text": text,
+        "tokenizer": tokenizer and fingerprint(sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template)),
+        "text": Path(text).name if find(text).exists() else text,
         "text_content": fingerprint(blocks, validation),
         "calibration_tokens": blocks.numel(),
         "dtype": dtype_name(dtype),
         "refit": refit,
         "seed": seed,
-        "versions": f"torch {torch.__version__}, transformers {__version__}",
+        "device": model.device.type,
+        "versions": f"dha-utils {version('dha-utils')}, torch {torch.__version__}, transformers {__version__}",
     }
     if is_finished(out, request, replace):
         return out
     work = work_folder(out, request, replace)
-    check_disk(work, model, dtype, blocks)
+    if (work / "conversion.json").is_file():  # written last: only the name is missing
+        return put_in_place(work, out)
+    check_disk(work, model, dtype, model.config.hidden_size * largest_streams(model, blocks, validation))
+    write_whole(work / "request.json", json.dumps(request))
     plan = plan or plan_layers(model, blocks, work, **target)
     record = convert_layers(model, blocks, plan, work, dtype, validation, refit, seed)
-    finish(model, tokenizer, work, out, dtype, {"request": request, "plan": asdict(plan)} | record)
-    return out
+    finish(model, tokenizer, work, dtype, {"request": request, "plan": asdict(plan)} | record)
+    return put_in_place(work, out)
 
 
 def check_request(model, blocks, plan, target):
@@ -106,6 +121,27 @@ def check_request(model, blocks, plan, target):
         raise ValueError(f"the largest acceptable increase is a share above 0, not {target['max_increase']}")
     elif "max_increase" not in target:
         target_heads(model, None, None, **target)
+
+
+def check_blocks(model, blocks, name):
+    """Raises ValueError unless `blocks` are tokens [blocks, length] of this model, within its context."""
+    config = model.config
+    if blocks.dim() != 2 or blocks.is_floating_point() or not blocks.numel():
+        raise ValueError(
+            f"the {name} blocks must be whole numbers [blocks, length], not {list(blocks.shape)} {blocks.dtype}"
+        )
+    if blocks.shape[1] > config.max_position_embeddings:
+        raise ValueError(
+            f"{name} blocks of {blocks.shape[1]} tokens exceed the context of {config.max_position_embeddings}"
+        )
+    if blocks.min() < 0 or blocks.max() >= config.vocab_size:
+        raise ValueError(f"the {name} blocks have token {int(blocks.max())}, the model knows {config.vocab_size}")
+
+
+def largest_streams(model, blocks, validation):
+    """The most tokens whose states a walk keeps on the disk."""
+    pricing = blocks.numel() + (1 + 2 * len(head_grid(model.config.num_key_value_heads))) * MEASURED_TOKENS
+    return max(pricing, 2 * (blocks.numel() + (0 if validation is None else validation.numel())))
 
 
 def plan_layers(model, blocks, work, budget=None, cache_bytes=None, max_increase=None):
@@ -130,7 +166,6 @@ def plan_layers(model, blocks, work, budget=None, cache_bytes=None, max_increase
         heads = heads_for_increase(model, blocks, held_out, max_increase, counts, partitions=partitions)
     plan = plan_of_counts(partitions, counts(heads))
     plan.save(work / "plan.json")
-    walk.file.unlink(missing_ok=True)
     return plan
 
 
@@ -138,14 +173,17 @@ def convert_layers(model, blocks, plan, work, dtype, validation, refit, seed):
     """Writes every layer of the DHA model into `work`, a file each; returns the record of the conversion, by name."""
     walk, random = Walk(work / "converting.safetensors"), torch.Generator().manual_seed(seed)
     first = {name: first_stream(model, text) for name, text in zip(TEXTS, (blocks, validation)) if text is not None}
-    streams = walk.streams or {f"{who} {name}": first[name][0] for who in ("source", "fused") for name in first}
+    starts = {"source": torch.float32, "fused": dtype}  # embeddings as they are, and as they are written
+    streams = walk.streams or {
+        f"{who} {name}": first[name][0].to(start).float() for who, start in starts.items() for name in first
+    }
     random.set_state(streams.pop("random", random.get_state()))
     for index, layer in walk.bar(model, "converting"):
         rope, pair = first["calibration"][1], [streams["source calibration"], streams["fused calibration"]]
         fused = fused_layer(model, layer, plan, index, pair[0], rope)
-        new = copy.deepcopy(layer)
-        new.self_attn, errors = fused_attention(model.config, fused), {}
         with attention_backend("sdpa", model):
+            new, errors = copy.deepcopy(layer).requires_grad_(True).eval(), {}
+            new.self_attn = fused_attention(model.config, fused)
             if refit:
                 errors = refit_layer(layer, new, *pair, rope, random, dtype)[0]
             round_weights(new, dtype)
@@ -158,7 +196,7 @@ def convert_layers(model, blocks, plan, work, dtype, validation, refit, seed):
         walk.add({"layout": layout, "errors": errors}, streams | {"random": random.get_state()})
     record = {"layers": walk.rows, "length": blocks.shape[1]}
     if validation is not None:
-        losses = {who: stream_losses(model, streams[f"{who} validation"], validation) for who in ("source", "fused")}
+        losses = {w: stream_losses(model, streams[f"{w} validation"], validation, kept) for w, kept in starts.items()}
         record["losses"] = {who: loss.mean(1).tolist() for who, loss in losses.items()}
         record["validation"] = list(validation.shape)
     walk.save(streams | {"random": random.get_state()})
@@ -178,8 +216,8 @@ def file_of(model, place):
     return f"model-{place + 1:05d}-of-{len(model.model.layers) + 1:05d}.safetensors"
 
 
-def finish(model, tokenizer, work, out, dtype, record):
-    """The rest of the checkpoint: embeddings and head, index, config, tokenizer, record and model card; then its name."""
+def finish(model, tokenizer, work, dtype, record):
+    """The rest of the checkpoint: embeddings and head, index, config, tokenizer, model card and record."""
     tied = model.config.tie_word_embeddings
     head = {key: weight for key, weight in model.state_dict().items() if ".layers." not in key}
     write_weights(work / file_of(model, 0), {k: w for k, w in head.items() if not (tied and k == "lm_head.weight")}, dtype)
@@ -189,12 +227,12 @@ def finish(model, tokenizer, work, out, dtype, record):
     model.generation_config.save_pretrained(work)
     if tokenizer is not None:
         tokenizer.save_pretrained(work)
-    write_index(work)
-    write_whole(work / "conversion.json", json.dumps(record))
+    write_index(work, [file_of(model, place) for place in range(len(record["layers"]) + 1)])
     write_whole(work / "README.md", model_card(model, config, record))
-    for left in (work / "request.json", work / "plan.json", work / "converting.safetensors"):
+    for left in [work / "plan.json", *work.glob("*ing.safetensors"), *work.glob(".*.partial")]:
         left.unlink(missing_ok=True)
-    put_in_place(work, out)
+    write_whole(work / "conversion.json", json.dumps(record))  # last: from here on it is whole
+    (work / "request.json").unlink()
 
 
 def conversion_errors(folder):

@@ -9,11 +9,13 @@ import pytest
 import torch
 from conftest import SHAPES, logits, tiny_llama
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from dha_utils import HeadPlan, convert, fuse, load_checkpoint, perplexity, refit, save_checkpoint
 from dha_utils.__main__ import main
 from dha_utils.convert import conversion_errors
 from dha_utils.measure.stream import each_layer
+from dha_utils.sources.precision import cast_weights
 from dha_utils.sources.shards import open_checkpoint
 
 WALK = import_module("dha_utils.measure.walk")
@@ -33,6 +35,10 @@ def checkpoint(request, tmp_path, tokenizer):
     (tmp_path / "source" / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     assert len(list((tmp_path / "source").glob("*.safetensors"))) > 1
     return tmp_path / "source"
+
+
+def killed(*_):
+    raise KeyboardInterrupt
 
 
 def contents(folder):
@@ -106,6 +112,33 @@ def test_a_killed_conversion_goes_on_to_the_same_bits(count, target, mha, blocks
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_conversion_killed_at_the_end_is_not_taken_for_another(count, checkpoint, blocks, tmp_path, monkeypatch):
+    """Killed in `finish`, before each of its last steps; then begun again, and with another request."""
+    module, steps = import_module("dha_utils.convert"), []
+
+    def dying(function):
+        def run(*arguments, **named):
+            steps.append(function)
+            if len(steps) > count:
+                raise KeyboardInterrupt
+            return function(*arguments, **named)
+
+        return run
+
+    request = {"budget": 0.5, "device": "cpu", "refit": False}
+    whole = convert(checkpoint, blocks, tmp_path / "whole", **request)
+    with monkeypatch.context() as patch:
+        for name in ("write_index", "model_card", "put_in_place"):
+            patch.setattr(module, name, dying(getattr(module, name)))
+        with pytest.raises(KeyboardInterrupt):
+            convert(checkpoint, blocks, tmp_path / "out", **request)
+    with pytest.raises(ValueError, match="unfinished conversion with another budget"):
+        convert(checkpoint, blocks, tmp_path / "out", **request | {"budget": 1})
+    out = convert(checkpoint, blocks, tmp_path / "out", **request)
+    assert contents(out) == contents(whole) and {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}
+
+
 def test_every_head_kept_is_the_source_in_its_dtype(checkpoint, blocks, tmp_path):
     source, tokenizer = load_checkpoint(checkpoint)
     save_checkpoint(source, tokenizer, tmp_path / "low", dtype=torch.bfloat16)
@@ -113,6 +146,66 @@ def test_every_head_kept_is_the_source_in_its_dtype(checkpoint, blocks, tmp_path
     out = convert(tmp_path / "low", blocks, tmp_path / "out", budget=1, device="cpu")
     assert {weight.dtype for file in out.glob("*.safetensors") for weight in load_file(file).values()} == {torch.bfloat16}
     assert torch.allclose(logits(load_checkpoint(out)[0], blocks), logits(low, blocks), atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["eager", "bfloat16", "float16", "training", "frozen"])
+def test_the_state_of_a_model_in_memory_has_no_influence(change, blocks, tmp_path):
+    """Its backend, mode and flags change nothing; of a low-precision one the weights count, not the arithmetic."""
+    expected, model = (tiny_llama(num_attention_heads=4, attention_dropout=0.3) for _ in range(2))
+    if change in ("bfloat16", "float16"):
+        cast_weights(model, getattr(torch, change))
+        expected.load_state_dict({name: weight.float() for name, weight in model.state_dict().items()})
+    elif change == "eager":
+        model.set_attn_implementation("eager")
+    else:
+        model.train() if change == "training" else model.requires_grad_(False)
+    folders = [
+        convert(source, blocks, tmp_path / name, 0.5, dtype="float32", validation=blocks[:2])
+        for name, source in (("expected", expected), (change, model))
+    ]
+    assert contents(folders[0]) == contents(folders[1])
+    first, second = (json.loads((folder / "conversion.json").read_text()) for folder in folders)
+    assert first["losses"] == second["losses"] and first["layers"] == second["layers"]
+    converted = AutoModelForCausalLM.from_pretrained(folders[1])
+    assert torch.tensor(second["losses"]["fused"]).mean().exp().item() == pytest.approx(
+        perplexity(converted, blocks[:2]), 1e-4
+    )
+
+
+def test_what_a_conversion_depends_on_names_it(checkpoint, blocks, tmp_path, tokenizer):
+    convert(checkpoint, blocks, tmp_path / "out", 0.5, device="cpu", refit=False)
+    config = checkpoint / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-2}))
+    with pytest.raises(ValueError, match="holds something else than this conversion"):
+        convert(checkpoint, blocks, tmp_path / "out", 0.5, device="cpu", refit=False)
+    model, _ = load_checkpoint(checkpoint)
+    convert(model, blocks, tmp_path / "bare", 0.5, refit=False)
+    with pytest.raises(ValueError, match="holds something else than this conversion"):
+        convert(model, blocks, tmp_path / "bare", 0.5, refit=False, tokenizer=tokenizer)
+
+
+def test_validation_of_another_length_changes_no_weight(blocks, tmp_path):
+    """RoPE of this kind has other frequencies for long texts."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0] * 6, "long_factor": [3.0] * 6}
+    model = tiny_llama(**SHAPES["mha"], rope_parameters=rope)
+    folders = [
+        convert(model, blocks, tmp_path / name, 0.5, validation=validation)
+        for name, validation in (("none", None), ("short", blocks[:, :9]))
+    ]
+    assert contents(folders[0]) == contents(folders[1])
+    plan = HeadPlan(**json.loads((folders[0] / "conversion.json").read_text())["plan"])
+    expected, _ = refit(fuse(model, plan, blocks), model, blocks)
+    assert torch.allclose(
+        logits(AutoModelForCausalLM.from_pretrained(folders[0]), blocks), logits(expected, blocks), atol=1e-3
+    )
+
+
+def test_weights_that_overflow_are_refused(blocks, tmp_path):
+    model = tiny_llama(num_attention_heads=4)
+    model.model.layers[1].input_layernorm.weight.data[0] = 1e5
+    with pytest.raises(ValueError, match="layers.1.input_layernorm.weight is not finite in float16: choose float32 or"):
+        convert(model, blocks, tmp_path / "out", 0.5, dtype="float16", refit=False)
 
 
 def test_a_finished_or_foreign_folder_is_not_touched(checkpoint, blocks, tmp_path):
@@ -132,8 +225,8 @@ def test_another_conversion_is_replaced_if_it_may_be(checkpoint, blocks, tmp_pat
         return convert(checkpoint, blocks, tmp_path / "out", budget, device="cpu", refit=False, replace=True)
 
     made(0.5)
-    with monkeypatch.context() as patch:
-        patch.setattr(import_module("dha_utils.convert"), "finish", lambda *_: None)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(import_module("dha_utils.convert"), "finish", killed)
         made(0.75)
     assert load_checkpoint(tmp_path / "out")[0].config.budget == 0.5, "as long as the new one is not whole"
     assert load_checkpoint(made(1))[0].config.budget == 1
@@ -145,8 +238,9 @@ def test_another_conversion_is_replaced_if_it_may_be(checkpoint, blocks, tmp_pat
 
 def test_another_unfinished_conversion_is_not_touched(checkpoint, blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(WALK, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(import_module("dha_utils.convert"), "finish", lambda *_: None)
-    convert(checkpoint, blocks, tmp_path / "out", 0.5, device="cpu", refit=False)
+    monkeypatch.setattr(import_module("dha_utils.convert"), "finish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert(checkpoint, blocks, tmp_path / "out", 0.5, device="cpu", refit=False)
     with pytest.raises(
         ValueError,
         match="with another budget, calibration_tokens, text_content: delete it, or choose",
@@ -155,6 +249,8 @@ def test_another_unfinished_conversion_is_not_touched(checkpoint, blocks, tmp_pa
 
 
 def test_bad_requests_are_one_sentence_before_the_first_layer(checkpoint, blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(WALK, "SAVE_SECONDS", 0)
+
     def refused(match, source=checkpoint, text=blocks, **request):
         with pytest.raises(ValueError, match=match):
             convert(source, text, tmp_path / "out", device=request.pop("device", "cpu"), **request)
@@ -165,6 +261,9 @@ def test_bad_requests_are_one_sentence_before_the_first_layer(checkpoint, blocks
     refused("needs at least 4 calibration blocks, not 3", text=blocks[:3], budget=0.5)
     refused("the smallest budget for this model", budget=0.01)
     refused("share above 0, not -1", max_increase=-1)
+    refused("blocks have token 5000, the model knows 4096", text=blocks + 5000 - blocks, budget=0.5)
+    refused("must be whole numbers", text=blocks.float(), budget=0.5)
+    refused("exceed the context of 128", text=blocks.repeat(1, 5), budget=0.5)
     refused("the plan is for 1 layers", plan=HeadPlan([[[0], [1]]], [[[0], [1]]]))
     refused("dtype must be one of", budget=0.5, dtype="int8")
     refused("this machine has no device 'cuda:7'", budget=0.5, device="cuda:7")
@@ -203,6 +302,7 @@ def test_the_command_converts_and_refuses_in_one_sentence(checkpoint, tmp_path, 
     assert "128 tokens of wikipedia" in (tmp_path / "out" / "README.md").read_text()
     for wrong, match in (
         (["--budget", "0.75"], "error: .* is there and holds something else than this conversion"),
+        (["--plan", str(tmp_path / "none.json")], "error: there is no head plan in .*none.json"),
         (["--budget", "2"], "error: budget must be a number above 0 and at most 1"),
         (["--cache-bytes", "1"], "error: a cache of 1 bytes a token is too small"),
         (["--budget", "0.5", "--length", "4096"], "error: length must be at most the model's context, 128"),

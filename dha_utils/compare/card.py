@@ -1,11 +1,11 @@
 """The model card (README.md) of a converted checkpoint: its source, the way it was made, and what that costs."""
 
-from pathlib import Path
-
 import numpy as np
 from huggingface_hub import ModelCardData, metadata_load
+from yaml import YAMLError
 
 from ..measure.perplexity import interval
+from ..runs import find
 from ..sources.precision import as_dtype
 
 CARD = """---
@@ -70,14 +70,17 @@ def model_card(model, config, record):
 
 def model_name(source):
     """A name on the hub as it is, of a folder the last part: no path of somebody's machine."""
-    path = Path(source)
-    return path.name if path.is_dir() or path.is_absolute() or source.count("/") != 1 else source
+    path = find(source)
+    return path.resolve().name if path.is_dir() or source.count("/") != 1 else source
 
 
 def source_licence(model):
     """The licence in the front matter of the README.md beside the weights, None if there is none."""
     readme = model.shards.folder / "README.md" if hasattr(model, "shards") else None
-    return (metadata_load(readme) or {}).get("license") if readme and readme.is_file() else None
+    try:
+        return (metadata_load(readme) or {}).get("license") if readme and readme.is_file() else None
+    except (ValueError, YAMLError):  # not UTF-8, or no front matter that can be read
+        return None
 
 
 def quality(record, text):

@@ -9,10 +9,12 @@ In both cases the least squared error is the part that the leading eigenvectors 
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
+from ..sources.families import check_source
 from ..sources.precision import as_float64
-from .moments import collect_moments, with_bias
-from .stream import each_layer
+from .moments import layer_moments, with_bias
+from .stream import attention_backend, each_layer, first_stream
 
 
 def as_planes(rows, head_dim):
@@ -48,11 +50,13 @@ def normed_rows(projection, norm, plain):
     )
 
 
-def plane_coherence(rotary, distances=64):
+def plane_coherence(rotary, length, distances=64):
     """κ_p [d/2]: how far plane p still looks the same to a query over the nearest keys, |mean_Δ exp(iθ_pΔ)|².
 
-    Softmax ignores what all keys of a query have in common; RoPE turns a common part into differences unless θ_p is slow.
+    `length`: of the text, on which the frequencies of some scalings depend. Softmax ignores what all keys of a query have
+    in common; RoPE turns a common part into differences unless θ_p is slow.
     """
+    rotary(torch.zeros(1, device=rotary.inv_freq.device), torch.arange(length, device=rotary.inv_freq.device)[None])
     angles = torch.outer(rotary.inv_freq.float(), torch.arange(distances, device=rotary.inv_freq.device))
     return torch.polar(torch.ones_like(angles), angles).mean(1).abs().square()
 
@@ -93,7 +97,8 @@ class HeadEnergies:
         )
         return cls(
             weight,
-            seen_energy - plane_coherence(rotary).to(attended_energy.device)[:, None, None] * attended_energy,
+            seen_energy
+            - plane_coherence(rotary, moments.length).to(attended_energy.device)[:, None, None] * attended_energy,
             value @ attended @ value.T,
             matrix_sqrt((output @ output.mT).sum(1)),
             free_frequencies,
@@ -159,12 +164,19 @@ def head_energies(model, blocks, free_frequencies=True, moments=None):
 
     `moments`: those that `collect_moments` gives for the blocks, if they are at hand.
 
-    Raises ValueError without blocks.
+    Raises ValueError without blocks, or as `collect_moments` does.
     """
+    check_source(model)
     if blocks is None:
         raise ValueError("spectral fusion needs calibration text: pass blocks=token_blocks(tokenizer, texts)")
-    moments = moments or collect_moments(model, blocks)
-    return [
-        HeadEnergies.measure(layer.self_attn, model.model.rotary_emb, moments[index], free_frequencies)
-        for index, layer in each_layer(model)
-    ]
+    stream, rope_cos_sin = first_stream(model, blocks)
+    energies = []
+    with attention_backend("eager", model):
+        for index, layer in tqdm(each_layer(model), "moments", len(model.model.layers), leave=False):
+            if moments is None:
+                its_moments, stream = layer_moments(layer, stream, rope_cos_sin)
+            else:
+                its_moments = moments[index]
+            rotary = model.model.rotary_emb
+            energies.append(HeadEnergies.measure(layer.self_attn, rotary, its_moments, free_frequencies))
+    return energies

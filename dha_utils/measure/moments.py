@@ -19,13 +19,15 @@ class LayerMoments:
     `plain`: E[x xᵀ] over tokens. `mean`: E[x], [hidden].
     `attended`: E[(A_h x)(A_h x)ᵀ] over queries: the averages that the values of head h are made from.
     `seen`: E[x xᵀ] over keys, each weighted by the attention it gets from the same queries. `seen` − `attended` is the
-    covariance within a query, all that a softmax can see of the keys. Both are means over the heads.
+    covariance within a query, all that a softmax can see of the keys. Both are means over the heads. `length`: of the
+    blocks, on which some RoPE scalings depend.
     """
 
     plain: Tensor
     mean: Tensor
     attended: Tensor
     seen: Tensor
+    length: int
 
 
 def collect_moments(model, blocks):
@@ -62,7 +64,7 @@ def layer_moments(layer, stream, rope_cos_sin):
         raise ValueError(
             f"the attention of layer {attention.layer_idx} is not finite: the checkpoint has NaN or infinite weights"
         )
-    return LayerMoments(*(total / len(stream) for total in sums)), torch.cat(behind)
+    return LayerMoments(*(total / len(stream) for total in sums), stream.shape[1]), torch.cat(behind)
 
 
 def _moments(x, weights):

@@ -15,9 +15,9 @@ def token_losses(model, blocks):
 
 
 @torch.no_grad()
-def stream_losses(model, stream, blocks):
-    """`token_losses` of `blocks` from the `stream` [blocks, length, hidden] behind the last layer."""
-    scores = next_token_scores(model, stream)
+def stream_losses(model, stream, blocks, dtype=torch.float32):
+    """`token_losses` of `blocks` from the `stream` [blocks, length, hidden] behind the last layer (`next_token_scores`)."""
+    scores = next_token_scores(model, stream, dtype)
     return torch.stack([true_losses(score[:-1], block[1:]).cpu() for score, block in zip(scores, blocks)])
 
 

@@ -33,9 +33,12 @@ def each_layer(model, order=None):
             yield index, in_float32(model.model.layers[index])
 
 
-def in_float32(layer):
-    """The layer itself, or a copy if it is of another dtype."""
-    return layer if next(layer.parameters()).dtype == torch.float32 else copy.deepcopy(layer).float()
+def in_float32(module):
+    """The module itself, or a copy without dropout if it is of another dtype; the model's config stays that of both."""
+    if all(weight.dtype == torch.float32 for weight in module.parameters()):
+        return module
+    configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}  # not copied
+    return copy.deepcopy(module, configs).float().eval()
 
 
 @torch.no_grad()
@@ -77,8 +80,17 @@ def causal_mask(length, device=None):
 
 
 @torch.no_grad()
-def next_token_scores(model, stream):
-    """Yields, block by block of the `stream` behind the last layer, log-probabilities [length, vocabulary]."""
-    device = model.model.embed_tokens.weight.device
+def next_token_scores(model, stream, dtype=torch.float32):
+    """Yields, block by block of the `stream` behind the last layer, log-probabilities [length, vocabulary].
+
+    Computed in float32; `dtype`: the one that the weights of the last norm and the head are rounded to before.
+    """
+    head = read_out(model, dtype)
     for block in stream:
-        yield model.lm_head(model.model.norm(block.to(device, model.dtype))).float().log_softmax(-1)
+        yield head(block.to(model.device)).log_softmax(-1)
+
+
+def read_out(model, dtype=torch.float32):
+    """The last norm and the head of a model as one function, in float32, their weights rounded to `dtype` before."""
+    norm, head = (copy.deepcopy(part).to(dtype).float() for part in (model.model.norm, model.lm_head))
+    return lambda states: head(norm(states))

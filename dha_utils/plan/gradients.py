@@ -14,6 +14,7 @@ from ..measure.stream import (
     each_block,
     each_layer,
     first_stream,
+    read_out,
 )
 
 
@@ -30,7 +31,8 @@ def residual_gradients(model, blocks, seed=0):
         for _, layer in each_layer(model):
             entering.append(stream)
             stream = each_block(after_layer, layer, stream, rope_cos_sin)
-        slope = torch.cat([score_slope(model, block[None].to(device), random).cpu() for block in stream])
+        head = read_out(model)
+        slope = torch.cat([score_slope(head, block[None].to(device), random).cpu() for block in stream])
         for index, layer in tqdm(each_layer(model, range(layers - 1, -1, -1)), "gradients", layers, leave=False):
             pairs = [
                 layer_slopes(layer, block[None].to(device), its_slope[None].to(device), rope_cos_sin)
@@ -40,10 +42,10 @@ def residual_gradients(model, blocks, seed=0):
     return gradients
 
 
-def score_slope(model, stream, random):
-    """∂ log p(tokens drawn) / ∂ `stream` [1, length, hidden] behind the last layer."""
+def score_slope(head, stream, random):
+    """∂ log p(tokens drawn) / ∂ `stream` [1, length, hidden] behind the last layer; `head`: of `read_out`."""
     stream = stream.detach().requires_grad_(True)
-    scores = model.lm_head(model.model.norm(stream.to(model.dtype))).float().log_softmax(-1)[0]
+    scores = head(stream).log_softmax(-1)[0]
     drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=random).to(scores.device)
     return torch.autograd.grad(scores.gather(-1, drawn).sum(), stream)[0]
 

@@ -70,7 +70,13 @@ class HeadPlan:
 
     @classmethod
     def load(cls, path):
-        return cls(**json.loads(Path(path).read_text()))
+        """Raises ValueError if there is no plan in that file."""
+        try:
+            return cls(**json.loads(Path(path).read_text()))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+            raise ValueError(
+                f"there is no head plan in {path} ({type(error).__name__}): HeadPlan.save writes one"
+            ) from error
 
 
 def show_groups(groups):

@@ -26,7 +26,11 @@ def llama_config(config, name):
     if config.model_type not in AS_LLAMA:
         return config
     settings = {key: value for key, value in config.to_dict().items() if key not in NOT_LLAMAS}
-    return LlamaConfig(**settings | {"attention_bias": config.model_type == "qwen2"})
+    llama = LlamaConfig(
+        **settings | {"attention_bias": config.model_type == "qwen2", "source_model_type": config.model_type}
+    )
+    llama._commit_hash = getattr(config, "_commit_hash", None)
+    return llama
 
 
 def has_window(config):
@@ -39,8 +43,8 @@ def has_window(config):
 
 
 def without_weights(config, name):
-    """Whether a weight of the LLaMA with this `config` stands for nothing in the family: Qwen2's o_proj has no bias."""
-    return config.model_type == "llama" and bool(config.attention_bias) and name.endswith("o_proj.bias")
+    """Whether a weight of the LLaMA with this `config` stands for nothing in its family: Qwen2's o_proj has no bias."""
+    return getattr(config, "source_model_type", None) == "qwen2" and name.endswith("o_proj.bias")
 
 
 def check_source(model):

@@ -7,6 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..runs import write_whole
+from .precision import dtype_name
 
 INDEX = "model.safetensors.index.json"
 
@@ -18,7 +19,7 @@ def is_finished(out, request, replace=False):
     """
     take_back(out)
     record = out / "conversion.json"
-    if record.is_file() and json.loads(record.read_text())["request"] == as_json(request):
+    if record.is_file() and json.loads(record.read_text()).get("request") == as_json(request):
         return True
     if out.exists() and not (is_checkpoint(out, "dha") if replace else out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} is there and holds something else than this conversion: choose another folder")
@@ -35,22 +36,25 @@ def work_folder(out, request, replace=False):
     Raises ValueError if another one is unfinished there, unless it may be replaced.
     """
     work = out.with_name(f".{out.name}.converting")
-    if (work / "request.json").is_file():
-        stored, request = json.loads((work / "request.json").read_text()), as_json(request)
+    begun, whole = (work / name for name in ("request.json", "conversion.json"))
+    if begun.is_file() or whole.is_file():
+        stored = json.loads(whole.read_text())["request"] if whole.is_file() else json.loads(begun.read_text())
+        request = as_json(request)
         changed = sorted(name for name in stored.keys() | request.keys() if stored.get(name) != request.get(name))
         if changed and not replace:
             raise ValueError(
                 f"{work} holds an unfinished conversion with another {', '.join(changed)}: delete it, or choose another out"
             )
-        if changed:
-            shutil.rmtree(work)
-    write_whole(work / "request.json", json.dumps(request))
+        if not changed:
+            return work
+    shutil.rmtree(work, ignore_errors=True)  # of another request, or of one that never began
+    work.mkdir(parents=True)
     return work
 
 
-def check_disk(work, model, dtype, blocks):
-    """Raises ValueError if the weights and the streams will not fit on the disk beside those that are there."""
-    needed = model.num_parameters() * dtype.itemsize + 8 * 4 * blocks.numel() * model.config.hidden_size
+def check_disk(work, model, dtype, streams):
+    """Raises ValueError if the weights and `streams` numbers in float32 will not fit on the disk beside what is there."""
+    needed = model.num_parameters() * dtype.itemsize + 2 * 4 * streams  # a file and the one that will replace it
     free = shutil.disk_usage(work).free + sum(file.stat().st_size for file in work.iterdir())
     if free < needed:
         raise ValueError(
@@ -59,18 +63,23 @@ def check_disk(work, model, dtype, blocks):
 
 
 def write_weights(path, weights, dtype):
+    """A safetensors file of `weights` {name: tensor} in `dtype`. Raises ValueError if one is not finite in it."""
+    kept = {name: weight.detach().to(dtype).cpu().contiguous() for name, weight in weights.items()}
+    for name, weight in kept.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} is not finite in {dtype_name(dtype)}: choose float32 or bfloat16")
     partial = path.with_name(f".{path.name}.partial")
-    save_file({name: weight.to(dtype).cpu().contiguous() for name, weight in weights.items()}, partial, {"format": "pt"})
+    save_file(kept, partial, {"format": "pt"})
     partial.replace(path)
 
 
-def write_index(folder):
-    """The index of the shards of a folder, as transformers reads it."""
+def write_index(folder, names):
+    """The index of the shards of these names in a folder, as transformers reads it."""
     files, total = {}, 0
-    for path in sorted(folder.glob("model-*.safetensors")):
-        with safe_open(path, "pt") as opened:
-            files |= dict.fromkeys(opened.keys(), path.name)
-        total += path.stat().st_size
+    for name in names:
+        with safe_open(folder / name, "pt") as opened:
+            files |= dict.fromkeys(opened.keys(), name)
+        total += (folder / name).stat().st_size
     write_whole(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=1))
 
 
@@ -86,13 +95,14 @@ def is_checkpoint(folder, model_type):
 
 
 def put_in_place(partial, path):
-    """Gives a whole folder its name, in the place of the one that may be there."""
+    """Gives a whole folder its name, in the place of the one that may be there, and returns it."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
     partial.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+    return path
 
 
 def take_back(path):

@@ -49,6 +49,9 @@ def open_checkpoint(name_or_path, device=None):
     return model.eval(), load_tokenizer(name, source, config)
 
 
+BESIDE = (".json", ".model", ".jinja", ".md")  # the weights, in what a conversion depends on
+
+
 class Shards:
     """The safetensors of a `folder`: which file holds which weight."""
 
@@ -67,8 +70,9 @@ class Shards:
         return key in self.files
 
     def fingerprint(self):
-        """Twelve digits that name the files by their content."""
-        return content({self.folder / file: file for file in sorted(set(self.files.values()))})
+        """Twelve digits that name the files by their content, weights, config, tokenizer and all."""
+        files = set(self.files.values()) | {path.name for path in self.folder.iterdir() if path.suffix in BESIDE}
+        return content({self.folder / file: file for file in sorted(files)})
 
     def dtype(self):
         """The dtype of the first weight of the first layer."""

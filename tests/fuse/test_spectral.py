@@ -34,7 +34,7 @@ def test_the_energy_that_a_fusion_loses_is_what_it_was_said_to_cost(mha, blocks,
     energies = head_energies(mha, blocks, free)
     mha.set_attn_implementation("eager")
     output = mha(blocks, output_attentions=True, output_hidden_states=True)
-    hidden = plane_coherence(mha.model.rotary_emb)
+    hidden = plane_coherence(mha.model.rotary_emb, 32)
     for index, (layer, spectral) in enumerate(zip(mha.model.layers, energies)):
         attention, group = layer.self_attn, [0, 2, 3]
         x = layer.input_layernorm(output.hidden_states[index]).double()

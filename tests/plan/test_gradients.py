@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import logits, tiny_llama
 
-from dha_utils.measure.stream import after_attention, first_stream
+from dha_utils.measure.stream import after_attention, first_stream, read_out
 from dha_utils.plan.gradients import layer_slopes, residual_gradients, score_slope
 
 
@@ -37,7 +37,7 @@ def test_mean_square_slopes_are_twice_the_divergence_of_a_small_change(mha, bloc
     divergence = (before.exp() * (before - scores(middle + change)[0])).sum(-1).mean().item()
     random, squares = torch.Generator().manual_seed(0), []
     for _ in range(200):
-        slope = score_slope(mha, behind, random)
+        slope = score_slope(read_out(mha), behind, random)
         squares.append((layer_slopes(layer, stream, slope, rope)[1] * change).sum(-1).square().mean())
     assert torch.stack(squares).mean().item() / 2 == pytest.approx(divergence, rel=0.1)
 

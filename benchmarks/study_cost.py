@@ -37,7 +37,7 @@ def conversion_flops(shape, tokens, length):
     rows = width * (shape["heads"] + 4 * shape["key_value_heads"])
     energies = 2 * shape["hidden"] ** 2 * rows + 2 * shape["hidden"] * (width * shape["key_value_heads"]) ** 2
     piece_attention, piece_mlp = layer_flops(shape, MEASURED_TOKENS, MEASURED_TOKENS // 8)
-    branches = 2 * len(head_grid(shape["key_value_heads"]))
+    branches = 2 * len(head_grid(int(shape["key_value_heads"])))
     priced = branches * (2 * piece_attention + piece_mlp) + (2 + FIT) * (piece_attention + piece_mlp)
     fitted = 0.75 * ROUNDS * FIT * (2 * attention + (attention + mlp))
     walked = 2 * moments + 4 * (attention + mlp)

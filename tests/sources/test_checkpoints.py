@@ -187,7 +187,7 @@ def test_a_source_is_not_replaced_by_what_is_made_of_it(mha, blocks, tmp_path):
     write_whole(tmp_path / "file", "precious")
     with pytest.raises(ValueError, match="holds other things than a llama checkpoint"):
         save_checkpoint(mha, tokenizer, tmp_path / "file")
-    with pytest.raises(ValueError, match="the dtype must be one of float32, bfloat16 and float16, not 'fp16'"):
+    with pytest.raises(ValueError, match="the dtype must be one of float32, bfloat16, float16, not 'fp16'"):
         load_checkpoint("wiki-mha", dtype="fp16")
     assert LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").dtype == torch.float16
 

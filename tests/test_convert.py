@@ -11,7 +11,7 @@ from conftest import SHAPES, logits, tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dha_utils import HeadPlan, convert, fuse, load_checkpoint, perplexity, refit, save_checkpoint
+from dha_utils import HeadPlan, convert, fuse, load_checkpoint, load_text, perplexity, refit, save_checkpoint, token_blocks
 from dha_utils.__main__ import main
 from dha_utils.convert import conversion_errors
 from dha_utils.measure.stream import each_layer
@@ -313,3 +313,13 @@ def test_the_command_converts_and_refuses_in_one_sentence(checkpoint, tmp_path, 
     with pytest.raises(SystemExit):  # argparse: two targets
         main([*command, "--budget", "0.5", "--plan", str(tmp_path / "plan.json")])
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_in_bfloat16_a_converted_model_is_as_good_as_in_float32(tmp_path):
+    _, tokenizer = load_checkpoint("wiki-mha")
+    blocks, unseen = (token_blocks(tokenizer, load_text("wikipedia", split), 128, 8) for split in ("train", "validation"))
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        out = convert("wiki-mha", blocks, tmp_path / dtype, 0.5, dtype=dtype, device="cpu")
+        found[dtype] = perplexity(load_checkpoint(out, dtype)[0], unseen)
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.01)

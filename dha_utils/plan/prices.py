@@ -130,9 +130,9 @@ class PriceWalk:
 
         def loss(name):
             scores = next_token_scores(self.model, self.streams[name][:, :-1:PREDICTED_EVERY])
-            return torch.stack([true_losses(score, block).mean() for score, block in zip(scores, true)]).mean().cpu()
+            return torch.stack([true_losses(score, block).mean() for score, block in zip(scores, true)]).mean().item()
 
-        together = torch.stack([torch.stack([loss(f"{kind} {n}") for n in self.grid]) for kind in KINDS]) - loss("held out")
+        together = torch.tensor([[loss(f"{kind} {n}") for n in self.grid] for kind in KINDS]) - loss("held out")
         heads = self.model.config.num_key_value_heads
         single = never_rising(torch.stack(divergences))
         scale = together / single.sum(0).clamp(min=1e-6)

@@ -108,3 +108,8 @@ def test_prices_are_not_measured_on_a_model_that_is_not_there(blocks):
     model, _ = open_checkpoint("wiki-mha", "cpu")
     with pytest.raises(ValueError, match="cannot be measured on a model that is read a layer at a time"):
         loss_increase(model, blocks, alone="measured")
+
+
+def test_one_head_has_nothing_to_price(blocks):
+    model = tiny_llama(num_attention_heads=4, num_key_value_heads=1)
+    assert torch.equal(loss_increase(model, blocks), torch.zeros(3, 2, 1))

@@ -3,7 +3,6 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap, spearmanr
 from study_claims import at_best_rate, budget_points, verdict
 
 from dha_utils.measure.perplexity import interval
@@ -20,31 +19,6 @@ STEPS = {  # (method, allocation) of `benchmarks/training_free.py`
     ("spectral, layers refitted", "refit"): "+ layers refitted",
 }
 DRAW = ["budget", "calibration_tokens", "seed"]  # what the rows of one calibration draw share
-MEASURES = ("weight_cka", "activation_cka", "cosine", "omega", "spectral")
-
-
-def rank_agreement(pairs, cost="divergence", resamples=1000, seed=0):
-    """Does a pair that is more alike cost less to fuse? −Spearman's ρ of similarity and measured cost, a row per measure.
-
-    `pairs`: the rows of `benchmarks/similarity.py`, all layers; `cost`: "divergence" or "rise". Columns
-    (kind, "ρ" | "low" | "high"): 1 would be the same order, 0 none; 95 % interval by bootstrap over the pairs.
-    """
-    table = {}
-    for kind, chosen in pairs.groupby("kind"):
-        for measure in MEASURES:
-            data = (chosen[measure].to_numpy(), chosen[cost].to_numpy())
-            drawn = bootstrap(
-                data,
-                lambda similarity, price: -spearmanr(similarity, price).statistic,
-                paired=True,
-                vectorized=False,
-                n_resamples=resamples,
-                method="percentile",
-                rng=seed,
-            ).confidence_interval
-            figures = {"ρ": -spearmanr(*data).statistic, "low": drawn.low, "high": drawn.high}
-            table.setdefault(measure, {}).update({(kind, name): value for name, value in figures.items()})
-    return pd.DataFrame(table).T
 
 
 def with_steps(rows):

@@ -179,17 +179,20 @@ def convert_layers(model, blocks, plan, work, dtype, validation, refit, seed):
     }
     random.set_state(streams.pop("random", random.get_state()))
     for index, layer in walk.bar(model, "converting"):
-        rope, pair = first["calibration"][1], [streams["source calibration"], streams["fused calibration"]]
-        fused = fused_layer(model, layer, plan, index, pair[0], rope)
+        rope, pair = first["calibration"][1], {f"{who} calibration": streams[f"{who} calibration"] for who in starts}
+        fused = fused_layer(model, layer, plan, index, pair["source calibration"], rope)
         with attention_backend("sdpa", model):
-            new, errors = copy.deepcopy(layer).requires_grad_(True).eval(), {}
+            new, errors, carried = copy.deepcopy(layer).requires_grad_(True).eval(), {}, {}
             new.self_attn = fused_attention(model.config, fused)
             if refit:
-                errors = refit_layer(layer, new, *pair, rope, random, dtype)[0]
-            round_weights(new, dtype)
-            for name, stream in streams.items():
+                errors, *behind = refit_layer(layer, new, *pair.values(), rope, random, dtype)
+                carried = dict(zip(pair, behind))
+            else:
+                round_weights(new, dtype)
+            for name in streams.keys() - carried.keys():
                 its_layer, its_rope = layer if name.startswith("source") else new, first[name.split()[1]][1]
-                streams[name] = each_block(after_layer, its_layer, stream, its_rope)
+                carried[name] = each_block(after_layer, its_layer, streams[name], its_rope)
+        streams = carried
         weights = {f"model.layers.{index}.{name}": weight for name, weight in new.state_dict().items()}
         write_weights(work / file_of(model, index + 1), weights, dtype)
         layout = {name: getattr(fused, name) for name in ("key_head_map", "value_head_map", "key_frequencies")}

@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dha_utils import HeadPlan
+from dha_utils import HeadPlan, fuse
 
 # pytest --hypothesis-profile=thorough for more, and other, examples than always the same
 settings.register_profile("same", max_examples=200, deadline=None, derandomize=True)
@@ -64,6 +64,11 @@ def blocks():
     return torch.randint(0, 96, (6, 32), generator=torch.Generator().manual_seed(7))
 
 
+@pytest.fixture
+def fused(mha, blocks):
+    return fuse(mha, HeadPlan.uniform(mha.config, 2, 1), blocks)
+
+
 @torch.no_grad()
 def logits(model, blocks):
     return model(blocks).logits
@@ -92,3 +97,9 @@ def killed_at_step(model, count):
 
 def half_plan(model):
     return HeadPlan.uniform(model.config, 2, 1)
+
+
+def changed(before, after):
+    """The names of the weights that differ between two models of one shape."""
+    pairs = zip(before.named_parameters(), after.named_parameters())
+    return {name for (name, old), (_, new) in pairs if not torch.equal(old, new)}

@@ -24,11 +24,7 @@ from ..sources.families import check_source
 from ..sources.precision import as_float64
 
 EXACT = 1e-9  # a relative squared error that is rounding: nothing to mend
-
-
 WELL = 0.9  # a round of gradient steps that leaves less than this of the error is followed by another
-
-
 RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # of the mean energy of the inputs of o_proj
 
 
@@ -96,6 +92,7 @@ def refit_layer(
         "output": fit.solve_output(),
         "layer": fit.improve(after_layer, layer, layer_epochs, layer_learning_rate, random),
     }
+    round_weights(layer, dtype)
     return errors, behind[after_layer].cpu(), each_block(after_layer, layer, fused_stream, rope_cos_sin)
 
 

@@ -9,12 +9,11 @@ In both cases the least squared error is the part that the leading eigenvectors 
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from ..sources.families import check_source
 from ..sources.precision import as_float64
-from .moments import layer_moments, with_bias
-from .stream import attention_backend, each_layer, first_stream
+from .moments import each_moments, with_bias
+from .stream import each_layer
 
 
 def as_planes(rows, head_dim):
@@ -169,14 +168,8 @@ def head_energies(model, blocks, free_frequencies=True, moments=None):
     check_source(model)
     if blocks is None:
         raise ValueError("spectral fusion needs calibration text: pass blocks=token_blocks(tokenizer, texts)")
-    stream, rope_cos_sin = first_stream(model, blocks)
-    energies = []
-    with attention_backend("eager", model):
-        for index, layer in tqdm(each_layer(model), "moments", len(model.model.layers), leave=False):
-            if moments is None:
-                its_moments, stream = layer_moments(layer, stream, rope_cos_sin)
-            else:
-                its_moments = moments[index]
-            rotary = model.model.rotary_emb
-            energies.append(HeadEnergies.measure(layer.self_attn, rotary, its_moments, free_frequencies))
-    return energies
+    at_hand = ((layer, moments[index]) for index, layer in each_layer(model))
+    return [
+        HeadEnergies.measure(layer.self_attn, model.model.rotary_emb, its_moments, free_frequencies)
+        for layer, its_moments in (each_moments(model, blocks) if moments is None else at_hand)
+    ]

@@ -35,14 +35,17 @@ def collect_moments(model, blocks):
 
     Raises ValueError as `check_source` and `layer_moments` do.
     """
+    return [moments for _, moments in each_moments(model, blocks)]
+
+
+def each_moments(model, blocks):
+    """Yields (decoder layer, its `LayerMoments`), one layer at a time; as `collect_moments` otherwise."""
     check_source(model)
     stream, rope_cos_sin = first_stream(model, blocks)
-    collected = []
     with attention_backend("eager", model):  # the only one that hands out attention weights
         for _, layer in tqdm(each_layer(model), "moments", len(model.model.layers), leave=False):
             moments, stream = layer_moments(layer, stream, rope_cos_sin)
-            collected.append(moments)
-    return collected
+            yield layer, moments
 
 
 @torch.no_grad()

@@ -56,8 +56,11 @@ def after_attention(layer, hidden_states, rope_cos_sin):
     return hidden_states + layer.self_attn(normed, position_embeddings=rope_cos_sin, attention_mask=None)[0]
 
 
-def after_mlp(layer, hidden_states):
-    """The residual stream behind a decoder layer from the one behind its attention: [batch, length, hidden]."""
+def after_mlp(layer, hidden_states, rope_cos_sin=None):
+    """The residual stream behind a decoder layer from the one behind its attention: [batch, length, hidden].
+
+    `rope_cos_sin` is not used: with it, `each_block` takes this function like the other two.
+    """
     return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 
@@ -68,7 +71,7 @@ def after_layer(layer, hidden_states, rope_cos_sin):
 
 @torch.no_grad()
 def each_block(output, layer, stream, rope_cos_sin):
-    """`output` (`after_attention` or `after_layer`) of every block of `stream` [blocks, length, hidden], on its device."""
+    """`output` (`after_attention`, `after_mlp`, `after_layer`) of every block of `stream` [blocks, length, hidden]."""
     device = rope_cos_sin[0].device
     return torch.cat([output(layer, block[None].to(device), rope_cos_sin).to(stream.device) for block in stream])
 
@@ -92,5 +95,9 @@ def next_token_scores(model, stream, dtype=torch.float32):
 
 def read_out(model, dtype=torch.float32):
     """The last norm and the head of a model as one function, in float32, their weights rounded to `dtype` before."""
-    norm, head = (copy.deepcopy(part).to(dtype).float() for part in (model.model.norm, model.lm_head))
+    norm, head = model.model.norm, model.lm_head
+    if dtype == torch.float32:
+        norm, head = in_float32(norm), in_float32(head)
+    else:
+        norm, head = (copy.deepcopy(part).to(dtype).float() for part in (norm, head))
     return lambda states: head(norm(states))

@@ -110,16 +110,14 @@ class PriceWalk:
                     together = each_block(after_layer, layer, self.streams[f"{name} {n}"], self.rope)
                 self.streams[f"{name} {n}"] = together
                 divergence[kind, place] = self.divergence(index, layer, shared, unshared)
-            self.streams["held out"] = each_block(
-                lambda layer, states, _: after_mlp(layer, states), layer, unshared, self.rope
-            )
+            self.streams["held out"] = each_block(after_mlp, layer, unshared, self.rope)
         return partitions, divergence
 
     def divergence(self, index, layer, shared, unshared):
         """KL divergence from the source, nats per token, if the stream behind the attention of a layer is `shared`."""
         if self.gradients is not None:
             return (self.gradients[index] * (shared - unshared)).sum(-1).square().mean() / 2
-        behind = each_block(lambda layer, states, _: after_mlp(layer, states), layer, shared, self.rope)
+        behind = each_block(after_mlp, layer, shared, self.rope)
         prediction = predictions(self.model, index + 1, behind)
         return kl_div(prediction, self.reference, reduction="none", log_target=True).sum(-1).mean()
 

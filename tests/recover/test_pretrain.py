@@ -2,21 +2,11 @@
 
 import pytest
 import torch
-from conftest import logits
+from conftest import changed, logits
 
-from dha_utils import HeadPlan, fuse, pretrain
+from dha_utils import pretrain
 from dha_utils.measure.perplexity import perplexity
 from dha_utils.recover.training import training_log
-
-
-def changed(before, after):
-    pairs = zip(before.named_parameters(), after.named_parameters())
-    return {name for (name, old), (_, new) in pairs if not torch.equal(old, new)}
-
-
-@pytest.fixture
-def fused(mha, blocks):
-    return fuse(mha, HeadPlan.uniform(mha.config, 2, 1), blocks)
 
 
 def test_distillation_draws_the_model_to_its_teacher(mha, fused, blocks, tmp_path):

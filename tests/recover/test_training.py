@@ -2,23 +2,13 @@
 
 import pytest
 import torch
-from conftest import killed_at_step
+from conftest import changed, killed_at_step
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from dha_utils import HeadPlan, fuse, pretrain
 from dha_utils.measure.perplexity import perplexity
 from dha_utils.recover import training
 from dha_utils.recover.training import training_log
-
-
-def changed(before, after):
-    pairs = zip(before.named_parameters(), after.named_parameters())
-    return {name for (name, old), (_, new) in pairs if not torch.equal(old, new)}
-
-
-@pytest.fixture
-def fused(mha, blocks):
-    return fuse(mha, HeadPlan.uniform(mha.config, 2, 1), blocks)
 
 
 @pytest.mark.parametrize("evaluations", [5, 1])

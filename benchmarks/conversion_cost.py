@@ -36,7 +36,7 @@ SHAPES = {
     "base": BASE,
     **{f"layers {n}": BASE | {"layers": n} for n in (4, 16, 32)},
     **{f"heads {n}": BASE | {"heads": n, "key_value_heads": n} for n in (4, 16, 32)},
-    **{f"hidden {n}": BASE | {"hidden": n, "mlp": 3 * n} for n in (256, 1024, 2048)},
+    **{f"hidden {n}": BASE | {"hidden": n, "mlp": 3 * n} for n in (256, 1024)},
     "llama-2-7b": {"layers": 32, "hidden": 4096, "heads": 32, "key_value_heads": 32, "mlp": 11008, "vocabulary": 32000},
 }
 STAGES = {"plan_layers": "pricing", "convert_layers": "converting", "finish": "writing the rest"}
@@ -115,6 +115,7 @@ def measured(case, layers, blocks, length, device):
         "heads": config["num_attention_heads"],
         "key_value_heads": config["source_num_key_value_heads"],
         "mlp": config["intermediate_size"],
+        "vocabulary": config["vocab_size"],
         "tokens": text.numel(),
         "length": length,
         "device": device,

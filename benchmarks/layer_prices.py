@@ -5,8 +5,8 @@
 
 For every layer, kind of heads and number of heads kept: `measured`, the KL divergence in nats per token from the source's
 predictions on the held-out pieces; `slopes`, the same to second order from one backward pass; `stream`, the relative error
-of the residual stream behind the attention, which needs no pass through the model at all. The seconds of each way, for all
-layers together, stand in every row.
+of the residual stream behind the attention, which needs no backward pass (but is timed with one). The seconds of
+each way, for all layers together, stand in every row.
 """
 
 import argparse

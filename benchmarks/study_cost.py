@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from dha_utils.plan.partition import EXACT_HEADS
 from dha_utils.plan.prices import MEASURED_TOKENS, head_grid
 from dha_utils.plots import COLORS, plain_log
 
@@ -15,6 +16,8 @@ SHAPES = {  # published: arXiv 2307.09288 (LLaMA-2), 2407.21783 (Llama 3)
 }
 ROUNDS = 2  # of gradient steps on an attention, and on a layer, that a refit takes; it stops where they no longer help
 FIT = 3  # a forward and a backward pass take about three forward passes
+LIBRARIES = 0.5  # GiB of a process that has imported torch and transformers and done nothing
+SEARCHED = 128  # the width of the heads in search_cost.csv
 
 
 def layer_flops(shape, tokens, length):
@@ -49,10 +52,11 @@ def conversion_flops(shape, tokens, length):
 
 def layer_gib(shape, tokens):
     """GiB that one layer takes at most: weights in float32, six times over (source, fused, a copy to go back to, slopes and
-    the two averages of Adam), streams of the calibration text, and moments in float64."""
+    the two averages of Adam), and twice in the checkpoint's 16 bits (read, written), streams of the calibration text, and
+    moments in float64."""
     width = shape["hidden"] // shape["heads"]
     weights = shape["hidden"] * (width * 2 * (shape["heads"] + shape["key_value_heads"]) + 3 * shape["mlp"])
-    return (4 * 6 * weights + 4 * 5 * tokens * shape["hidden"] + 8 * 6 * shape["hidden"] ** 2) / 2**30
+    return ((4 * 6 + 2 * 2) * weights + 4 * 6 * tokens * shape["hidden"] + 8 * 6 * shape["hidden"] ** 2) / 2**30
 
 
 def head_gib(shape):
@@ -60,43 +64,57 @@ def head_gib(shape):
     return 2 * 4 * shape["vocabulary"] * shape["hidden"] / 2**30
 
 
-def cost_table(rows):
-    """Measured beside predicted, one row per case: operations a second that each stage reached, and seconds in all."""
+def search_seconds(shape, searches):
+    """Seconds per layer of the search for groups, by `searches` (search_cost.csv), between whose heads it interpolates.
+
+    Up to `EXACT_HEADS` the exact search, the fast one beyond; of fewer heads than were measured, as good as nothing. Its
+    matrices have the width of the heads: cubed.
+    """
+    heads, way = shape["key_value_heads"], "exact" if shape["key_value_heads"] <= EXACT_HEADS else "fast"
+    measured = searches[searches["search"] == way].groupby("heads")["seconds"].sum()
+    seconds = np.exp(np.interp(np.log(heads), np.log(measured.index), np.log(measured), left=-np.inf))
+    return seconds * (shape["hidden"] / shape["heads"] / SEARCHED) ** 3
+
+
+def cost_table(rows, searches):
+    """Measured beside predicted, one row per case: seconds, and operations per second that each stage reached."""
     table = {}
     for case, stages in rows.groupby("case", sort=False):
         shape = stages.iloc[0]
         flops = conversion_flops(shape, shape["tokens"], shape["length"])
         seconds = stages.set_index("stage")["seconds"]
-        table[case] = {"layers": shape["layers"], "hidden": shape["hidden"], "key-value heads": shape["key_value_heads"]}
+        search = shape["layers"] * search_seconds(shape, searches)
+        table[case] = {"layers": shape["layers"], "tokens": shape["tokens"], "search: s": search}
         for stage, count in flops.items():
-            table[case] |= {f"{stage}: s": seconds[stage], f"{stage}: GFLOP/s": count / seconds[stage] / 1e9}
+            spent = seconds[stage] - (search if stage == "pricing" else 0)
+            table[case] |= {f"{stage}: s": spent, f"{stage}: GFLOP/s": count / spent / 1e9}
         table[case] |= {"whole: s": seconds["convert"], "peak: GiB": stages["peak_gib"].max()}
-        table[case]["one layer, predicted: GiB"] = layer_gib(shape, shape["tokens"])
+        table[case]["predicted: GiB"] = LIBRARIES + layer_gib(shape, shape["tokens"]) + head_gib(shape)
     return pd.DataFrame(table).T
 
 
 def growth(rows):
-    """How seconds and memory grow with each dimension of a random model: the exponent of a power law through its cases."""
-    table, whole = {}, rows[rows["stage"] == "convert"]
+    """Seconds and GiB of a conversion, one row per dimension of a random model, one column per size over the base's."""
+    whole, table = rows[rows["stage"] == "convert"].set_index("case"), {}
     for dimension in ("layers", "heads", "hidden"):
-        cases = whole[whole["case"].str.startswith((dimension, "base"))]
-        sizes = np.log(cases[dimension].to_numpy(dtype=float))
-        table[dimension] = {column: np.polyfit(sizes, np.log(cases[column]), 1)[0] for column in ("seconds", "peak_gib")}
-    return pd.DataFrame(table).T.rename_axis("grows with")
+        cases = whole[whole.index.str.startswith((dimension, "base"))].sort_values(dimension)
+        times = cases[dimension] / whole.loc["base", dimension]
+        for column, unit in (("seconds", "seconds"), ("peak_gib", "GiB")):
+            table[unit, dimension] = dict(zip(times, cases[column]))
+    return pd.DataFrame(table).T.sort_index(axis=1).rename_axis(index=["measured", "varied"], columns="size / base")
 
 
-def growth_chart(rows, title):
-    """Seconds (left) and peak memory (right) of a conversion over each dimension, relative to the base case."""
+def growth_chart(table, title):
+    """Seconds (left) and peak memory (right) of a conversion over each dimension, from `growth`."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    whole = rows[rows["stage"] == "convert"]
-    base = whole[whole["case"] == "base"].iloc[0]
-    for (dimension, marker), color in zip({"layers": "o", "heads": "s", "hidden": "D"}.items(), COLORS):
-        cases = whole[whole["case"].str.startswith((dimension, "base"))].sort_values(dimension)
-        for axis, column in zip(axes, ("seconds", "peak_gib")):
-            axis.plot(cases[dimension] / base[dimension], cases[column], marker=marker, color=color, label=dimension)
-    for axis, label in zip(axes, ("seconds (log scale)", "peak resident memory (GiB)")):
-        axis.set(xscale="log", xlabel="size, times that of the base case (log scale)", ylabel=label)
-        plain_log(axis.xaxis)
+    labels = {"layers": "layers", "heads": "heads (narrower ones)", "hidden": "hidden size (MLP, head width)"}
+    for axis, unit, label in zip(axes, ("seconds", "GiB"), ("seconds (log scale)", "peak resident memory (GiB)")):
+        for (dimension, name), marker, color in zip(labels.items(), "osD", COLORS):
+            measured = table.loc[(unit, dimension)].dropna()
+            axis.plot(measured.index, measured, marker=marker, color=color, label=name)
+        axis.set(xlabel="size, times that of the base case (log scale)", ylabel=label)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(table.columns, [f"{times:g}" for times in table.columns])
     axes[0].set_yscale("log")
     plain_log(axes[0].yaxis)
     axes[1].set_ylim(0, None)
@@ -105,12 +123,16 @@ def growth_chart(rows, title):
     return figure
 
 
-def scale_table(tokens, length, tflops, efficiency, memory_gib):
-    """What the published shapes would take: minutes on a device of `tflops`, the share `efficiency` of it used, and GiB."""
+def scale_table(searches, tokens, length, tflops, efficiency, memory_gib):
+    """What the published shapes would take: minutes on a device of `tflops`, the share `efficiency` of it used, and GiB.
+
+    The search for groups takes the seconds that it took where `searches` was measured.
+    """
     table = {}
     for name, shape in SHAPES.items():
         flops = sum(conversion_flops(shape, tokens, length).values())
-        gib = layer_gib(shape, tokens) + head_gib(shape)
-        table[name] = {"10¹⁵ FLOP": flops / 1e15, "minutes": flops / (tflops * 1e12 * efficiency) / 60, "GiB": gib}
-        table[name]["fits"] = "yes" if gib < memory_gib else "no"
+        minutes, search = flops / (tflops * 1e12 * efficiency) / 60, shape["layers"] * search_seconds(shape, searches) / 60
+        gib = LIBRARIES + layer_gib(shape, tokens) + head_gib(shape)
+        table[name] = {"10¹⁵ FLOP": flops / 1e15, "matrix products: min": minutes, "search: min": search}
+        table[name] |= {"whole: min": minutes + search, "GiB": gib, "fits": "yes" if gib < memory_gib else "no"}
     return pd.DataFrame(table).T

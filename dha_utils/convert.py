@@ -163,7 +163,9 @@ def plan_layers(model, blocks, work, budget=None, cache_bytes=None, max_increase
     if max_increase is None:
         heads = target_heads(model, None, None, budget, cache_bytes)
     else:
-        heads = heads_for_increase(model, blocks, held_out, max_increase, counts, partitions=partitions)
+        heads = heads_for_increase(
+            model, blocks, held_out, max_increase, counts, partitions=partitions, memory=work / "increases.json"
+        )
     plan = plan_of_counts(partitions, counts(heads))
     plan.save(work / "plan.json")
     return plan
@@ -232,7 +234,7 @@ def finish(model, tokenizer, work, dtype, record):
         tokenizer.save_pretrained(work)
     write_index(work, [file_of(model, place) for place in range(len(record["layers"]) + 1)])
     write_whole(work / "README.md", model_card(model, config, record))
-    for left in [work / "plan.json", *work.glob("*ing.safetensors"), *work.glob(".*.partial")]:
+    for left in [work / "plan.json", work / "increases.json", *work.glob("*ing.safetensors"), *work.glob(".*.partial")]:
         left.unlink(missing_ok=True)
     write_whole(work / "conversion.json", json.dumps(record))  # last: from here on it is whole
     (work / "request.json").unlink()

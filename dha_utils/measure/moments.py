@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..sources.families import check_source
-from .stream import after_mlp, attention_backend, causal_mask, each_layer, first_stream
+from .stream import after_mlp, attention_backend, causal_mask, each_block, each_layer, first_stream
 
 EVERY = 4  # one query in so many tells its attention: its neighbours see nearly the same
 
@@ -44,13 +44,14 @@ def each_moments(model, blocks):
     stream, rope_cos_sin = first_stream(model, blocks)
     with attention_backend("eager", model):  # the only one that hands out attention weights
         for _, layer in tqdm(each_layer(model), "moments", len(model.model.layers), leave=False):
-            moments, stream = layer_moments(layer, stream, rope_cos_sin)
+            moments, behind = layer_moments(layer, stream, rope_cos_sin)
+            stream = each_block(after_mlp, layer, behind, rope_cos_sin)
             yield layer, moments
 
 
 @torch.no_grad()
 def layer_moments(layer, stream, rope_cos_sin):
-    """(`LayerMoments` of one layer under eager attention, the stream [blocks, length, hidden] behind the layer).
+    """(`LayerMoments` of one layer under eager attention, the stream [blocks, length, hidden] behind that attention).
 
     Raises ValueError if an activation is not finite.
     """
@@ -62,7 +63,7 @@ def layer_moments(layer, stream, rope_cos_sin):
         output, weights = attention(x, position_embeddings=rope_cos_sin, attention_mask=mask)
         moments = _moments(append_bias_input(attention, x[0]), weights[0])
         sums = moments if sums is None else [total + new for total, new in zip(sums, moments)]
-        behind.append(after_mlp(layer, states + output).to(stream.device))
+        behind.append((states + output).to(stream.device))
     if not all(total.isfinite().all() for total in sums):
         raise ValueError(
             f"the attention of layer {attention.layer_idx} is not finite: the checkpoint has NaN or infinite weights"

@@ -1,5 +1,6 @@
 """How the head budget is shared among layers, and between keys and values: uniformly, by cost, or by measured loss."""
 
+import json
 import logging
 import math
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ import torch
 from ..measure.energies import head_energies
 from ..measure.perplexity import interval, stream_losses
 from ..measure.stream import after_layer, attention_backend, each_block, each_layer, first_stream
+from ..runs import write_whole
 from ..sources.precision import dtype_name, served_dtype
 from .head_plan import neighbours_plan
 from .partition import group_heads, partition_costs, plan_of_counts
@@ -105,13 +107,13 @@ def budget_for_cache(model, cache_bytes):
 
 
 @torch.no_grad()
-def heads_for_increase(model, blocks, held_out, max_increase, counts, method="spectral", partitions=None):
+def heads_for_increase(model, blocks, held_out, max_increase, counts, method="spectral", partitions=None, memory=None):
     """The fewest heads with which the perplexity rises by at most the share `max_increase`, as fused.
 
     `counts`: gives [layers, 2] for a number of heads, by prices that have not seen `held_out`. `blocks` make the groups and
     the fusion, `held_out` measure the increase; the number of heads is bisected, as if more heads never were worse. The
     result is logged, with the 95 % interval of the increase over the measuring blocks. A refit lowers it further: with one
-    the budget found is on the safe side.
+    the budget found is on the safe side. `memory`: a JSON file of the losses measured so far, for a search that was killed.
 
     Raises ValueError if `max_increase` is not above 0, or there is nothing to measure on.
     """
@@ -119,19 +121,30 @@ def heads_for_increase(model, blocks, held_out, max_increase, counts, method="sp
         raise ValueError(f"the largest acceptable increase of the perplexity is a share above 0, not {max_increase}")
     if held_out is None or not len(held_out):
         raise ValueError("an increase of the perplexity is measured on blocks of its own: give more calibration text")
-    energies = head_energies(model, blocks) if method == "spectral" else None
-    partitions = partitions or group_heads(model, blocks, method, energies)
-    base = shared_losses(model, held_out)
+    known = json.loads(memory.read_text()) if memory and memory.is_file() else {}
 
-    def increase(heads):
-        return shared_losses(model, held_out, plan_of_counts(partitions, counts(heads)), energies) - base
+    @cache
+    def energies():
+        return head_energies(model, blocks) if method == "spectral" else None
+
+    @cache
+    def groups():
+        return partitions or group_heads(model, blocks, method, energies())
+
+    def losses(heads=None):
+        if str(heads) not in known:
+            shared = (plan_of_counts(groups(), counts(heads)), energies()) if heads else ()
+            known[str(heads)] = shared_losses(model, held_out, *shared).tolist()
+            if memory:
+                write_whole(memory, json.dumps(known))
+        return torch.tensor(known[str(heads)])
 
     too_few = 2 * model.config.num_hidden_layers - 1
     enough = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads
     found = torch.zeros(len(held_out))
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
-        if (measured := increase(middle)).mean() <= math.log1p(max_increase):
+        if (measured := losses(middle) - losses()).mean() <= math.log1p(max_increase):
             enough, found = middle, measured
         else:
             too_few = middle

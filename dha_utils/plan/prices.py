@@ -96,7 +96,8 @@ class PriceWalk:
         energies, pieces, divergence = None, self.streams["held out"], torch.zeros(2, len(self.grid))
         if self.method == "spectral":
             with attention_backend("eager", self.model):
-                moments, self.streams["fitted"] = layer_moments(layer, self.streams["fitted"], self.fitted_rope)
+                moments, behind = layer_moments(layer, self.streams["fitted"], self.fitted_rope)
+            self.streams["fitted"] = each_block(after_mlp, layer, behind, self.fitted_rope)
             energies = HeadEnergies.measure(layer.self_attn, self.model.model.rotary_emb, moments)
         partitions = layer_partitions(layer.self_attn, energies)
         alone = [[head] for head in range(len(partitions[0]))]

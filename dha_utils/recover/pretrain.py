@@ -81,9 +81,9 @@ def distillation(teacher):
     cast_weights(teacher, teacher.dtype).eval()  # its own dtype, exact frequencies, no dropout
 
     def loss(model, input_ids, step):
-        logits = model(input_ids=input_ids, use_cache=False).logits.float()
-        with torch.no_grad():
+        with torch.no_grad():  # before the model: its activations do not exist yet
             target = teacher(input_ids=input_ids, use_cache=False).logits.float().log_softmax(-1)
+        logits = model(input_ids=input_ids, use_cache=False).logits.float()
         return kl_div(logits.log_softmax(-1), target, reduction="none", log_target=True).sum(-1).mean(), {}
 
     return loss

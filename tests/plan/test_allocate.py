@@ -1,5 +1,7 @@
 """The sharing of the budget, against brute force, and the targets."""
 
+from functools import partial
+from importlib import import_module
 from itertools import product
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from dha_utils import cache_bytes, fuse, perplexity, plan_heads
-from dha_utils.plan.allocate import ALLOCATIONS, heads_for_increase, knapsack, target_heads
+from dha_utils.plan.allocate import ALLOCATIONS, heads_for_increase, knapsack, shared_losses, target_heads
 from dha_utils.plan.partition import (
     group_heads,
     monotone,
@@ -73,6 +75,33 @@ def test_the_smallest_plan_within_an_increase_is_found(mha, blocks, caplog):
         plan_heads(mha, blocks, max_increase=-0.1)
     with pytest.raises(ValueError, match="measured on blocks of its own"):
         target_heads(mha, blocks, counts, max_increase=0.1)
+
+
+def test_a_search_by_increase_that_was_killed_measures_nothing_twice(mha, blocks, tmp_path, monkeypatch):
+    module, measured = import_module("dha_utils.plan.allocate"), []
+    partitions, memory = group_heads(mha, blocks[0::2]), tmp_path / "increases.json"
+
+    def search(limit):
+        left = limit
+
+        def losses(*arguments):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            measured.append(arguments)
+            return shared_losses(*arguments)
+
+        monkeypatch.setattr(module, "shared_losses", losses)
+        counts = partial(knapsack, partition_costs(partitions))
+        return heads_for_increase(mha, blocks[0::2], blocks[1::2], 0.02, counts, partitions=partitions, memory=memory)
+
+    whole = search(99)
+    needed = len(measured)
+    memory.unlink(), measured.clear()
+    with pytest.raises(KeyboardInterrupt):
+        search(needed - 2)
+    assert search(2) == search(0) == whole and len(measured) == needed
 
 
 @pytest.mark.parametrize("allocation", ["loss", "cost"])

@@ -107,7 +107,7 @@ test-under-$(OLDEST) test-under-$(NEWEST): test-under-%: .venv/transformers-%/re
 # Execute the committed notebooks again, in place (no bars in their outputs)
 notebooks: setup
 	rm -rf runs/tutorial
-	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS:%=notebooks/%.ipynb) notebooks/studies/*.ipynb
+	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/00_start_here.ipynb $(NOTEBOOKS:%=notebooks/%.ipynb) notebooks/studies/*.ipynb
 
 test-slow: setup
 	$(BIN)/pytest -m slow

@@ -22,7 +22,7 @@ DIR := runs/$(RUN)
 # The ends of the range in pyproject.toml, and the tests of what leans on transformers
 OLDEST := 5.23.0
 NEWEST := 5.24.0
-LEANING := tests/model/test_transformers.py tests/model/test_dha.py tests/measure tests/fuse tests/recover tests/paper/test_linear.py \
+LEANING := tests/model/test_transformers.py tests/model/test_dha.py tests/model/test_cache.py tests/measure tests/fuse tests/recover tests/paper/test_linear.py \
 	tests/test_dtypes.py
 NOTEBOOKS := 01_head_redundancy 02_head_clusters 03_head_fusion 04_continued_pretraining 05_compression_vs_perplexity
 LENGTH := 256

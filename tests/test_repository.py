@@ -107,7 +107,7 @@ def test_the_library_alone_imports_nothing_of_the_notebooks():
 
 def test_tests_mirror_the_modules():
     """Each module has tests of its own; what crosses several, or is tested through them, is named here."""
-    elsewhere = {"fuse/layer", "fuse/mean", "model/config", "compare/cost", "__main__", "plots"}
+    elsewhere = {"fuse/layer", "fuse/mean", "model/config", "model/groups", "compare/cost", "__main__", "plots"}
     elsewhere |= {"sources/precision", "measure/stream"}  # test_dtypes.py, and all that walks
     elsewhere |= {"sources/shards", "sources/output", "measure/walk", "compare/card"}  # test_convert.py
     modules = {path.relative_to(ROOT / "dha_utils").with_suffix("").as_posix() for path in ROOT.glob("dha_utils/**/*.py")}

@@ -6,7 +6,8 @@ import torch
 
 from ..measure.moments import with_bias
 from ..model.config import DhaConfig
-from ..model.dha import DhaAttention, register_tables
+from ..model.dha import DhaAttention
+from ..model.groups import register_tables
 from ..sources.families import NORMED, NOT_LLAMAS
 from .mean import mean_head
 from .normed import fuse_normed_keys

@@ -24,10 +24,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward, rotate_half
 from transformers.utils import TransformersKwargs
 
+from .cache import DhaStaticLayer, own_layers
 from .config import DhaConfig
+from .groups import QueryGroups, register_tables
 
 # The arguments of a decoder layer to its attention, beyond the named ones. Any other is refused: 5.24 renamed the cache,
 # and a signature that swallows unknown names lost it without an error.
+FEW = 64  # new tokens over a cache: up to here no head is copied, beyond computing outweighs copying
 KNOWN_ARGUMENTS = {*TransformersKwargs.__annotations__, "cache_position", "token_type_ids", "use_cache"}
 
 
@@ -70,7 +73,10 @@ class DhaAttention(LlamaAttention):
             key, value = cache.update(key, value, self.layer_idx)
         backend = self.config._attn_implementation
         flat_mask = attention_mask is None or isinstance(attention_mask, torch.Tensor)  # FlexAttention has its own kind
-        if query.shape[2] == 1 and cache is not None and flat_mask and not self.training:
+        # without a mask, transformers means the first tokens of a static cache, the last ones of any other
+        plain = attention_mask is not None or cache is None or not isinstance(cache.layers[self.layer_idx], StaticLayer)
+        few = query.shape[2] == 1 or (plain and query.shape[2] < min(key.shape[2], FEW))
+        if few and cache is not None and flat_mask and not self.training:
             output, weights = self._decode(query, key, value, attention_mask)
             weights = weights if backend == "eager" else None  # no other backend hands them out
         else:
@@ -104,30 +110,32 @@ class DhaAttention(LlamaAttention):
         return query * cos + rotate_half(query) * sin, key
 
     def _decode(self, query, key, value, attention_mask):
-        """One new token over the cache as it is: grouped matrix products, no head is ever copied.
+        """A few new tokens over the cache as it is: grouped matrix products, no head is ever copied.
 
-        query [batch, heads, 1, d], key [batch, n_k, length, d], value [batch, n_v, length, d]. attention_mask: None,
-        [batch, 1 or heads, 1, length], of booleans or to be added, or FlashAttention's [batch, length], 0 where padded.
+        query [batch, heads, new, d], key [batch, n_k, length, d], value [batch, n_v, length, d]. attention_mask: None,
+        [batch, 1 or heads, new, length], of booleans or to be added, or FlashAttention's [batch, length], 0 where padded.
+        Without one of its own for each new token, a token sees those before it.
         """
-        query = query * self.scaling
-        scores = self.key_groups.ungroup(self.key_groups.grouped(query) @ key.transpose(2, 3))
-        if attention_mask is not None:
-            mask = attention_mask[..., -scores.shape[-1] :]
-            mask = mask[:, None].bool() if mask.dim() == 2 else mask.squeeze(2)
+        new, length = query.shape[2], key.shape[2]
+        scores = self.key_groups.grouped(query * self.scaling) @ key.transpose(2, 3)
+        scores = self.key_groups.ungroup(scores, new)
+        mask = seen(attention_mask, new, length, query.device)
+        if mask is not None:
             lowest = torch.finfo(scores.dtype).min
             scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype).unsqueeze(2)
-        return self.value_groups.ungroup(self.value_groups.grouped(weights) @ value).unsqueeze(1), weights
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        output = self.value_groups.ungroup(self.value_groups.grouped(weights) @ value, new)
+        return output.transpose(1, 2), weights
 
     def _check_cache(self, cache):
         """Refuses a cache that cannot hold this layer's heads; a `DynamicCache()` has no layers before its first update."""
         if self.layer_idx >= len(cache.layers):
             return
         layer, counts = cache.layers[self.layer_idx], (self.key_groups.count, self.value_groups.count)
-        if counts[0] != counts[1] and isinstance(layer, StaticLayer):
+        if counts[0] != counts[1] and isinstance(layer, StaticLayer) and not isinstance(layer, DhaStaticLayer):
             raise ValueError(
-                f"a static cache cannot hold {counts[0]} key heads beside {counts[1]} value heads (layer "
-                f"{self.layer_idx}): use the default dynamic cache"
+                f"transformers' StaticCache cannot hold {counts[0]} key heads beside {counts[1]} value heads (layer "
+                f"{self.layer_idx}): use dha_utils.model.cache.DhaStaticCache"
             )
         for states, count, kind in zip((layer.keys, layer.values), counts, ("key", "value")):
             if states is not None and states.dim() == 4 and states.shape[1] != count:
@@ -135,6 +143,19 @@ class DhaAttention(LlamaAttention):
                     f"the cache holds {states.shape[1]} {kind} heads in layer {self.layer_idx}, this layer {count}: prefix "
                     "tuning and caches made by hand have one number of heads for all layers, keys and values"
                 )
+
+
+def seen(mask, new, length, device=None):
+    """What each of the `new` last tokens of `length` sees: booleans, or numbers to be added, [..., new, length]; None: all.
+
+    `mask`: as transformers hands it out, one for each new token, or FlashAttention's [batch, length] of padding, or None.
+    """
+    if mask is None and new == 1:
+        return None
+    if mask is None or mask.dim() == 2:
+        causal = torch.ones(new, length, dtype=torch.bool, device=device).tril(length - new)
+        mask = causal if mask is None else causal & mask[:, None, None, -length:].bool()
+    return mask[..., -length:]
 
 
 class HeadRMSNorm(nn.Module):
@@ -148,35 +169,6 @@ class HeadRMSNorm(nn.Module):
         exact = states.float()
         exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * exact.to(states.dtype)
-
-
-class QueryGroups(nn.Module):
-    """Which query heads share a head: `group` [heads] and, padded to the largest group, `members` [groups, size]."""
-
-    def __init__(self, head_map):
-        super().__init__()
-        self.head_map, self.count = head_map, max(head_map) + 1
-        register_tables(self)
-
-    def tables(self):
-        members = [[head for head, group in enumerate(self.head_map) if group == g] for g in range(self.count)]
-        size = max(map(len, members))
-        place = [group * size + members[group].index(head) for head, group in enumerate(self.head_map)]
-        padded = [heads + heads[:1] * (size - len(heads)) for heads in members]
-        return {name: torch.tensor(t) for name, t in [("group", self.head_map), ("members", padded), ("place", place)]}
-
-    def grouped(self, states):
-        """[batch, heads, 1, n] -> [batch, groups, size, n]"""
-        return states.squeeze(2)[:, self.members]
-
-    def ungroup(self, states):
-        """[batch, groups, size, n] -> [batch, heads, n]"""
-        return states.flatten(1, 2)[:, self.place]
-
-
-def register_tables(module):
-    for name, table in module.tables().items():
-        module.register_buffer(name, table, persistent=False)
 
 
 class DhaModel(LlamaModel):
@@ -203,6 +195,15 @@ class DhaForCausalLM(LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_static_cache(self, *args, **kwargs):
+        """For `generate(cache_implementation="static")`."""
+        cache = super()._prepare_static_cache(*args, **kwargs)
+        cache.layers = own_layers(cache.layers)
+        return cache
+
+    def _get_static_cache_init_shape(self):
+        return None  # of each layer when it gets its first keys and values
 
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(

@@ -3,8 +3,12 @@
 import pytest
 import torch
 from conftest import logits
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dha_utils import DhaConfig, DhaForCausalLM
+from dha_utils.measure.stream import causal_mask
+from dha_utils.model.cache import DhaStaticCache
 
 
 def dha(**changes):
@@ -84,9 +88,39 @@ def test_every_key_plane_of_one_frequency_is_its_own_rotation(blocks):
     assert torch.allclose(torch.complex(turned[..., :8], turned[..., 8:]), expected, atol=1e-5)
 
 
-def test_static_cache_is_refused_in_a_sentence(blocks):
-    with pytest.raises(ValueError, match="static cache cannot hold 1 key heads beside 4 value heads"):
-        dha().generate(blocks[:1, :5], max_new_tokens=4, cache_implementation="static")
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("chunks", [(9, 3, 2), (5, 1, 8), (1, 12, 1)])
+def test_a_conversation_goes_on_in_pieces_without_copying_a_head(backend, padding, static, chunks, blocks, monkeypatch):
+    """Several new tokens over a cache, as chunked prefill and assisted generation have them."""
+    model, tokens = dha(), blocks[:2, :14]
+    model.set_attn_implementation(backend)
+    mask = torch.ones_like(tokens)
+    mask[0, :padding] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, at, pieces = DhaStaticCache(model.config, 17) if static else DynamicCache(), 0, []
+    with torch.no_grad():
+        full = model(tokens, attention_mask=mask, position_ids=positions).logits
+        for size in chunks:
+            if at:  # every backend would be handed as many heads as there are queries
+                monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "get_interface", None)
+            given = {"attention_mask": mask[:, : at + size], "position_ids": positions[:, at : at + size]}
+            pieces.append(model(tokens[:, at : at + size], past_key_values=cache, **given).logits)
+            at += size
+    assert torch.allclose(torch.cat(pieces, 1)[mask.bool()], full[mask.bool()], atol=1e-5)
+
+
+def test_a_few_new_tokens_without_a_mask_see_what_came_before_them():
+    attention = dha().model.layers[0].self_attn
+    states, cache = torch.randn(2, 9, 48), DynamicCache()
+    turns = dha().model.rotary_emb(states, torch.arange(9)[None])
+    whole = attention(states, turns, causal_mask(9))[0]
+    pieces = [
+        attention(states[:, a:b], [t[:, a:b] for t in turns], causal_mask(4) if not a else None, past_key_values=cache)[0]
+        for a, b in ((0, 4), (4, 7), (7, 9))
+    ]
+    assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-5)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(blocks):

@@ -34,6 +34,18 @@ def step_table(rows):
     return table.sort_index(axis=1, ascending=False)
 
 
+def every_way(rows):
+    """Mean perplexity and its range over the draws: a row per method, allocation and size of text, a column per budget."""
+    rows = rows.sort_values("calibration_tokens", kind="stable")
+    values = rows.groupby(["calibration_tokens", "method", "allocation", "budget"], sort=False)["perplexity"]
+    table = values.agg(["mean", "min", "max"])
+    words = table["mean"].map("{:,.1f}".format)
+    words += (" (" + table["min"].map("{:,.1f}".format) + " to " + table["max"].map("{:,.1f}".format) + ")").where(
+        values.nunique() > 1, ""
+    )
+    return words.unstack("budget").sort_index(axis=1, ascending=False).fillna("")
+
+
 def step_gains(rows):
     """What each step multiplies the perplexity by, against the one measured before it on the same draw; mean over draws."""
     losses = with_steps(rows).pivot_table(index="step", columns=["budget", "seed"], values="perplexity", observed=True)

@@ -17,7 +17,6 @@ from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
-import pandas as pd
 from low_rank import allocated_ranks, low_rank_model, uniform_ranks, whitened_svd
 from tqdm import tqdm
 
@@ -33,7 +32,6 @@ from dha_utils.runs import append_rows, has_row
 from dha_utils.sources.text import drawn
 
 HERE = Path(__file__).parent
-WORDS = {"cost": "by cost", "loss": "by loss", "refit": "for the refit"}  # how heads were allocated
 REFITS = {"attention": {"layer_epochs": 0}, "layers": {}}  # what is fitted: settings of `refit`
 
 
@@ -46,7 +44,6 @@ def parse_arguments():
     parser.add_argument("--validation-blocks", type=int, default=8)
     parser.add_argument("--refit", nargs="+", choices=list(REFITS), default=[], help="also fit to the source")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration draws")
-    parser.add_argument("--table", action="store_true", help="only print the CSV as the Markdown table of the README")
     parser.add_argument("--out", type=Path, help="default: results/training_free_MODEL.csv beside this script")
     return parser.parse_args()
 
@@ -113,33 +110,9 @@ def head_counts(model):
     return {f"{kind}_heads": sum(count[i] for count in counts) or None for i, kind in enumerate(("key", "value"))}
 
 
-def markdown_table(path):
-    """Mean perplexity and its range over the calibration draws: a row per method and size of draw, a column per budget."""
-    rows = pd.read_csv(path).sort_values("calibration_tokens", kind="stable")
-    rows["method"] = rows["method"].replace("mean", "mean pooling (GQA)") + ", " + rows["allocation"].replace(WORDS)
-    used = rows["calibration_tokens"].where(~rows["method"].str.startswith("mean"), 0)
-    rows["method"] += used.map(lambda tokens: f", {tokens:,} tokens" if tokens else "")
-    budgets = sorted(rows["budget"].unique(), reverse=True)
-    lines = ["| no training | " + " | ".join(f"{budget:.0%} of the heads" for budget in budgets) + " |"]
-    lines.append("|---" * (len(budgets) + 1) + "|")
-    lines.append("| source | " + " | ".join(f"{rows['base_perplexity'].iloc[0]:.1f}" for _ in budgets) + " |")
-    for method in rows["method"].unique():
-        cells = []
-        for budget in budgets:
-            values = rows.loc[(rows["method"] == method) & (rows["budget"] == budget), "perplexity"]
-            low, high = f"{values.min():,.1f}", f"{values.max():,.1f}"
-            spread = f" ({low} to {high})" if low != high else ""
-            cells.append(f"{values.mean():,.1f}{spread}" if len(values) else "")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main():
     arguments = parse_arguments()
     out = arguments.out or HERE / "results" / f"training_free_{Path(arguments.model).name}.csv"
-    if arguments.table:
-        print(markdown_table(out))
-        return
     source, tokenizer = load_checkpoint(arguments.model)
     pool = token_blocks(tokenizer, load_text("wikipedia", "train"), arguments.length)
     validation = token_blocks(

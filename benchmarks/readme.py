@@ -1,0 +1,96 @@
+"""README's table and chart, from the CSVs of `training_free.py` and `recovery.py` on smollm2-135m.
+
+python benchmarks/readme.py           # the table, to standard output
+python benchmarks/readme.py --chart   # results/readme.png
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from dha_utils.plots import COLORS
+
+RESULTS = Path(__file__).parent / "results"
+WAYS = {  # (method, allocation) of training_free.py, on its longest calibration text
+    ("mean", "uniform"): "mean pooling (GQA)",
+    ("low rank", "uniform"): "low-rank cache",
+    ("spectral", "refit"): "DHA, closed form",
+    ("spectral, layers refitted", "refit"): "DHA, closed form and refit",
+}
+TRAINED = 102400  # tokens
+
+
+def figures():
+    """(perplexity, ratio to the source): tables of way × budget, each cell the values of all calibration draws."""
+    rows = pd.read_csv(RESULTS / "training_free_smollm2-135m.csv")
+    rows = rows[rows["calibration_tokens"].eq(rows["calibration_tokens"].max()) | rows["method"].eq("mean")]
+    rows["way"] = pd.Series(list(zip(rows["method"], rows["allocation"])), rows.index).map(WAYS)
+    return rows.dropna(subset="way"), rows["base_perplexity"].iloc[0]
+
+
+def trained():
+    """By budget, after `TRAINED` tokens on the LM loss: perplexity over that of the source trained alike (seed means)."""
+    rows = pd.read_csv(RESULTS / "recovery_smollm2-135m.csv")
+    rows = rows[(rows["tokens"] == TRAINED) & (rows["loss"] == "lm") & (rows["trainable"] == "attention")]
+    means = rows.groupby(["start", "total_tokens", "learning_rate", "budget"])["perplexity"].mean()
+    ratio = means["refitted"] / means["source"].droplevel("budget")
+    return ratio.groupby("budget").min()
+
+
+def spread(values):
+    low, high = f"{values.min():,.1f}", f"{values.max():,.1f}"
+    return f"{values.mean():,.1f}" + (f" ({low} to {high})" if low != high else "")
+
+
+def table():
+    """Markdown: mean and range over the calibration draws, a row per way, a column per budget."""
+    rows, source = figures()
+    budgets = sorted(rows["budget"].unique(), reverse=True)
+    lines = ["| no training | " + " | ".join(f"{budget:.0%} of the cache" for budget in budgets) + " |"]
+    lines += ["|---" * (len(budgets) + 1) + "|", "| source | " + " | ".join(f"{source:.1f}" for _ in budgets) + " |"]
+    for way in WAYS.values():
+        cells = [spread(rows.loc[(rows["way"] == way) & (rows["budget"] == budget), "perplexity"]) for budget in budgets]
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def chart():
+    rows, source = figures()
+    figure, axis = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
+    for way, marker, color in zip(list(WAYS.values())[1:], "vso", (COLORS[7], COLORS[1], COLORS[0])):
+        ratio = rows[rows["way"] == way].groupby("budget")["perplexity"].mean() / source
+        ratio.loc[1.0] = 1.0
+        ratio = ratio.sort_index(ascending=False)
+        axis.plot(ratio.index * 100, ratio, marker=marker, color=color, linewidth=2)
+        axis.text(ratio.index[-1] * 100 - 1.5, ratio.iloc[-1] + 0.03, way, va="bottom", color=color, fontsize=11)
+    ratio = trained()
+    axis.plot(ratio.index * 100, ratio, "*", color=COLORS[2], markersize=15)
+    label = f"and {TRAINED / 1e6:.1f} M tokens of training,\nover the source trained alike"
+    axis.text(ratio.index[0] * 100 - 1.5, ratio.iloc[0] - 0.03, label, va="top", color=COLORS[2], fontsize=11)
+    pooled = rows[rows["way"] == WAYS["mean", "uniform"]].groupby("budget")["perplexity"].mean()[::-1] / source
+    off = ", ".join(f"{times:,.0f}" for times in pooled)
+    axis.text(99, 3.55, f"Not on the chart: {WAYS['mean', 'uniform']}, at {off} times", fontsize=10, color="0.35")
+    axis.set(
+        title="smollm2-135m: what a smaller KV cache costs",
+        xlabel="KV cache kept (% of the source's)",
+        ylabel="validation perplexity over the source's",
+        xlim=(102, 1),
+        ylim=(0.95, 3.7),
+        xticks=[100, 67, 50, 33],
+    )
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chart", action="store_true")
+    if parser.parse_args().chart:
+        chart().savefig(RESULTS / "readme.png", dpi=120)
+    else:
+        print(table())
+
+
+if __name__ == "__main__":
+    main()

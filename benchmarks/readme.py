@@ -34,9 +34,10 @@ def trained():
     """By budget, after `TRAINED` tokens on the LM loss: perplexity over that of the source trained alike (seed means)."""
     rows = pd.read_csv(RESULTS / "recovery_smollm2-135m.csv")
     rows = rows[(rows["tokens"] == TRAINED) & (rows["loss"] == "lm") & (rows["trainable"] == "attention")]
-    means = rows.groupby(["start", "total_tokens", "learning_rate", "budget"])["perplexity"].mean()
-    ratio = means["refitted"] / means["source"].droplevel("budget")
-    return ratio.groupby("budget").min()
+    rows = rows[rows["total_tokens"] == TRAINED]
+    means = rows.groupby(["start", "budget", "learning_rate"])["perplexity"].mean().droplevel("learning_rate")
+    assert means.index.is_unique, "one learning rate only, or the best of each would have to be taken"
+    return means["refitted"] / means["source"].item()
 
 
 def spread(values):

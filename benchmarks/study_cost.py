@@ -67,13 +67,14 @@ def head_gib(shape):
 def search_seconds(shape, searches):
     """Seconds per layer of the search for groups, by `searches` (search_cost.csv), between whose heads it interpolates.
 
-    Up to `EXACT_HEADS` the exact search, the fast one beyond; of fewer heads than were measured, as good as nothing. Its
-    matrices have the width of the heads: cubed.
+    Up to `EXACT_HEADS` the exact search, the fast one beyond. 0, so left in the pricing, for fewer heads than were measured
+    and for heads of another width.
     """
     heads, way = shape["key_value_heads"], "exact" if shape["key_value_heads"] <= EXACT_HEADS else "fast"
     measured = searches[searches["search"] == way].groupby("heads")["seconds"].sum()
-    seconds = np.exp(np.interp(np.log(heads), np.log(measured.index), np.log(measured), left=-np.inf))
-    return seconds * (shape["hidden"] / shape["heads"] / SEARCHED) ** 3
+    if shape["hidden"] != SEARCHED * shape["heads"] or heads < measured.index[0]:
+        return 0.0
+    return np.exp(np.interp(np.log(heads), np.log(measured.index), np.log(measured)))
 
 
 def cost_table(rows, searches):

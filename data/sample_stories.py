@@ -10,6 +10,7 @@ told already are left out, and the rest is packed into `data/stories.jsonl.bz2`.
 import argparse
 import bz2
 import json
+import os
 import random
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from tqdm import tqdm
 
 from dha_utils import HeadPlan, fuse, load_checkpoint
 from dha_utils.runs import write_whole
-from dha_utils.sources.precision import cast_weights
 
 HERE = Path(__file__).parent
 ORDER = "Write a short story in simple words about a {how} {who} named {name}, {where}, who {does} a {thing}."
@@ -40,7 +40,7 @@ WORDS = {
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=500)
+    parser.add_argument("--batches", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--tokens", type=int, default=320, help="the most that a story may have")
     parser.add_argument("--temperature", type=float, default=0.8)
@@ -87,18 +87,19 @@ def main():
     arguments = parse_arguments()
     model, tokenizer = load_checkpoint("smollm2-135m")
     tokenizer.padding_side = "left"
-    # all heads kept: the same model, whose decoding never copies a head
-    model = cast_weights(
-        fuse(model, HeadPlan.uniform(model.config, *[model.config.num_key_value_heads] * 2)), torch.bfloat16
-    )
-    files = [arguments.work_dir / f"{batch:05d}.jsonl" for batch in range(arguments.batches)]
+    everything = HeadPlan.uniform(model.config, *[model.config.num_key_value_heads] * 2)
+    model = fuse(model, everything, method="mean")  # the same model, but decoding copies no head
+    settings = (arguments.batch_size, arguments.tokens, arguments.temperature, arguments.top_k)
+    folder = arguments.work_dir / "-".join(map(str, settings))  # nothing else decides a batch, but its number
+    files = [folder / f"{batch:05d}.jsonl" for batch in range(arguments.batches)]
     for batch, file in enumerate(tqdm(files, "batches of stories")):
         if not file.exists():
-            limits = arguments.batch_size, arguments.tokens, arguments.temperature, arguments.top_k
-            write_whole(file, "".join(json.dumps(story) + "\n" for story in told(model, tokenizer, batch, *limits)))
+            write_whole(file, "".join(json.dumps(story) + "\n" for story in told(model, tokenizer, batch, *settings)))
     stories = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     packed = "".join(json.dumps({"text": text}) + "\n" for text in good(stories))
-    arguments.out.write_bytes(bz2.compress(packed.encode()))
+    partial = arguments.out.with_name(f".{arguments.out.name}.partial")
+    partial.write_bytes(bz2.compress(packed.encode()))
+    os.replace(partial, arguments.out)
 
 
 if __name__ == "__main__":

@@ -154,6 +154,7 @@ def plan_layers(model, blocks, work, budget=None, cache_bytes=None, max_increase
     for index, layer in walk.bar(model, "pricing"):
         partitions, divergence = pricing.price(index, layer)
         walk.add([partitions, divergence.tolist()], pricing.streams)
+    walk.save(pricing.streams)
     partitions, divergences = zip(*walk.rows)
     prices = after_refit(pricing.prices([torch.tensor(divergence) for divergence in divergences]))
 

@@ -8,6 +8,7 @@ The parts of transformers used here beyond its public interface are named in tes
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -30,8 +31,8 @@ from .groups import QueryGroups, register_tables
 
 # The arguments of a decoder layer to its attention, beyond the named ones. Any other is refused: 5.24 renamed the cache,
 # and a signature that swallows unknown names lost it without an error.
-FEW = 64  # new tokens over a cache: up to here no head is copied, beyond computing outweighs copying
 KNOWN_ARGUMENTS = {*TransformersKwargs.__annotations__, "cache_position", "token_type_ids", "use_cache"}
+FEW = 64  # new tokens over a cache: up to here no head is copied, beyond computing outweighs copying
 
 
 class DhaAttention(LlamaAttention):
@@ -75,7 +76,7 @@ class DhaAttention(LlamaAttention):
         flat_mask = attention_mask is None or isinstance(attention_mask, torch.Tensor)  # FlexAttention has its own kind
         # without a mask, transformers means the first tokens of a static cache, the last ones of any other
         plain = attention_mask is not None or cache is None or not isinstance(cache.layers[self.layer_idx], StaticLayer)
-        few = query.shape[2] == 1 or (plain and query.shape[2] < min(key.shape[2], FEW))
+        few = query.shape[2] == 1 or (plain and query.shape[2] < key.shape[2] and query.shape[2] <= FEW)
         if few and cache is not None and flat_mask and not self.training:
             output, weights = self._decode(query, key, value, attention_mask)
             weights = weights if backend == "eager" else None  # no other backend hands them out
@@ -122,7 +123,7 @@ class DhaAttention(LlamaAttention):
         mask = seen(attention_mask, new, length, query.device)
         if mask is not None:
             lowest = torch.finfo(scores.dtype).min
-            scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+            scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask.bool(), lowest)
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
         output = self.value_groups.ungroup(self.value_groups.grouped(weights) @ value, new)
         return output.transpose(1, 2), weights
@@ -149,12 +150,14 @@ def seen(mask, new, length, device=None):
     """What each of the `new` last tokens of `length` sees: booleans, or numbers to be added, [..., new, length]; None: all.
 
     `mask`: as transformers hands it out, one for each new token, or FlashAttention's [batch, length] of padding, or None.
+    Over a static cache, which is longer than what it holds, that of FlashAttention ends with the last new token.
     """
     if mask is None and new == 1:
         return None
     if mask is None or mask.dim() == 2:
-        causal = torch.ones(new, length, dtype=torch.bool, device=device).tril(length - new)
-        mask = causal if mask is None else causal & mask[:, None, None, -length:].bool()
+        width = length if mask is None else min(mask.shape[-1], length)
+        causal = torch.ones(new, length, dtype=torch.bool, device=device).tril(width - new)
+        mask = causal if mask is None else causal & pad(mask[:, None, None, -width:].bool(), (0, length - width))
     return mask[..., -length:]
 
 

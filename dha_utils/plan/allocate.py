@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import cache
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from ..measure.energies import head_energies
 from ..measure.perplexity import interval, stream_losses
 from ..measure.stream import after_layer, attention_backend, each_block, each_layer, first_stream
-from ..runs import write_whole
+from ..runs import fingerprint, write_whole
 from ..sources.precision import dtype_name, served_dtype
 from .head_plan import neighbours_plan
 from .partition import group_heads, partition_costs, plan_of_counts
@@ -132,12 +133,13 @@ def heads_for_increase(model, blocks, held_out, max_increase, counts, method="sp
         return partitions or group_heads(model, blocks, method, energies())
 
     def losses(heads=None):
-        if str(heads) not in known:
-            shared = (plan_of_counts(groups(), counts(heads)), energies()) if heads else ()
-            known[str(heads)] = shared_losses(model, held_out, *shared).tolist()
+        plan = plan_of_counts(groups(), counts(heads)) if heads else None
+        name = fingerprint(plan and asdict(plan))
+        if name not in known:
+            known[name] = shared_losses(model, held_out, plan, energies() if plan else None).tolist()
             if memory:
                 write_whole(memory, json.dumps(known))
-        return torch.tensor(known[str(heads)])
+        return torch.tensor(known[name])
 
     too_few = 2 * model.config.num_hidden_layers - 1
     enough = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads

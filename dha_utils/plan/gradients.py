@@ -18,6 +18,7 @@ from ..measure.stream import (
 )
 
 
+@torch.enable_grad()  # whoever asks may need none
 def residual_gradients(model, blocks, seed=0):
     """For each layer, ∂ log p(tokens) / ∂ stream behind its attention [blocks, length, hidden], on the CPU.
 

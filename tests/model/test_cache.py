@@ -3,7 +3,8 @@
 import pytest
 import torch
 from test_dha import dha
-from transformers import StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+from transformers.masking_utils import flash_attention_mask
 
 from dha_utils.model.cache import DhaStaticCache
 
@@ -39,3 +40,42 @@ def test_a_decode_step_is_one_graph(blocks):
             plain = model(blocks[:2, t : t + 1], past_key_values=plain.past_key_values, **given)
             compiled = step(blocks[:2, t : t + 1], past_key_values=compiled.past_key_values, **given)
             assert torch.allclose(plain.logits, compiled.logits, atol=1e-6)
+
+
+def padding_only(module, query, key, value, mask, scaling=None, **kwargs):
+    """What FlashAttention makes of its mask: keys are cut to it, padded ones left out; causal from the last token back."""
+    output = torch.zeros_like(query.transpose(1, 2))
+    for row in range(len(query)):
+        seen = torch.ones(key.shape[2], dtype=torch.bool) if mask is None else mask[row].bool()
+        keys, values = (states[row, :, : len(seen)][:, seen] for states in (key, value))
+        new = seen[-query.shape[2] :]
+        scores = query[row][:, new] @ keys.mT * scaling
+        causal = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+        output[row, new] = (scores.masked_fill(~causal, -1e30).softmax(-1) @ values).transpose(0, 1)
+    return output, None
+
+
+@pytest.mark.parametrize("static", ["dynamic", "static"])
+@pytest.mark.parametrize("prompt, padding, chunk", [(1, 0, None), (8, 0, None), (8, 3, None), (8, 3, 3), (70, 3, None)])
+def test_masks_of_flash_attention_are_understood(static, prompt, padding, chunk, blocks, monkeypatch):
+    """It has two dimensions, and over a static cache it is shorter than the cache."""
+    AttentionInterface.register("padding_only", padding_only)
+    AttentionMaskInterface.register("padding_only", flash_attention_mask)
+    model, tokens = dha(), blocks.flatten()[: 2 * prompt].view(2, prompt)
+    how = {"attention_mask": (torch.arange(prompt) >= torch.tensor([[padding], [0]])).long(), "max_new_tokens": 8}
+    how["do_sample"] = False
+    expected = model.generate(tokens, **how)
+    model.set_attn_implementation("padding_only")
+    monkeypatch.setattr("transformers.generation.utils.is_flash_attention_requested", lambda *_, **__: True)
+    found = model.generate(tokens, cache_implementation=static, prefill_chunk_size=chunk, **how)
+    assert torch.equal(found, expected)
+
+
+def test_a_mask_of_whole_numbers_is_one_of_booleans(blocks):
+    model, mask = dha(), torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
+    found = []
+    for kind in (torch.bool, torch.long):
+        cache = DynamicCache()
+        model(blocks[:1, :6], past_key_values=cache)
+        found.append(model(blocks[:1, 6:9], attention_mask=mask[:, :, 6:].to(kind), past_key_values=cache).logits)
+    assert torch.equal(*found)

@@ -118,3 +118,10 @@ def test_an_increase_is_measured_on_blocks_that_nothing_else_has_seen(mha, block
 def test_a_plan_takes_one_target(mha, blocks, targets):
     with pytest.raises(ValueError, match="give one of budget, cache_bytes and max_increase"):
         plan_heads(mha, blocks, **targets)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_every_allocation_takes_an_increase(mha, blocks, allocation):
+    """Prices want gradients, also where nothing else does."""
+    loose, tight = (plan_heads(mha, blocks, max_increase=share, allocation=allocation).heads for share in (10.0, 1e-3))
+    assert 6 == loose < tight <= 24

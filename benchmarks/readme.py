@@ -78,7 +78,7 @@ def chart():
         xlabel="KV cache kept (% of the source's)",
         ylabel="validation perplexity over the source's",
         xlim=(102, 1),
-        ylim=(0.95, 3.7),
+        ylim=(0.75, 3.7),
         xticks=[100, 67, 50, 33],
     )
     return figure

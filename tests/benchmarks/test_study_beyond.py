@@ -92,3 +92,10 @@ def test_gqa_stands_beside_a_twentieth_of_its_tokens():
     assert table["tokens here"].tolist() == [0, 50, 200] and table["here"].tolist() == [45, 30, 33]
     assert table["GQA"].tolist() == [65, 45, 29] and table["source"].tolist() == [55, 35, 19]
     assert table["here is lower"].tolist() == ["holds", "holds", "cannot be told"]
+
+
+def test_every_way_shows_mean_and_range():
+    case = {"calibration_tokens": 1, "method": "a", "allocation": "b", "budget": 0.5}
+    table = every_way(pd.DataFrame([case | {"perplexity": value} for value in (10.0, 12.0)]))
+    assert table.loc[(1, "a", "b"), 0.5] == "11.0 (10.0 to 12.0)"
+    assert every_way(pd.DataFrame([case | {"perplexity": 1234.5}])).loc[(1, "a", "b"), 0.5] == "1,234.5"

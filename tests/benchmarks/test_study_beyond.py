@@ -4,7 +4,7 @@ from itertools import product
 
 import pandas as pd
 import pytest
-from study_beyond import STEPS, against_low_rank, beside_gqa, ladder, recovery_table, step_gains, ways
+from study_beyond import STEPS, against_low_rank, beside_gqa, every_way, ladder, recovery_table, step_gains, ways
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
     python data/sample_stories.py                     # hours on two cores; run again to resume
     python data/sample_stories.py --batches 2 --out runs/try
 
-Each batch is a file of its own, decided by its number alone. When all are there, stories that are cut off, too short or
-told already are left out, and the rest is packed into `data/stories.jsonl.bz2`.
+Each batch is a file of its own, decided by its number alone. When all are there, stories that are too short, go
+round in circles or were told already are left out, and the rest is packed into `data/stories.jsonl.bz2`.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import bz2
 import json
 import os
 import random
+import zlib
 from pathlib import Path
 
 import torch
@@ -74,11 +75,12 @@ def told(model, tokenizer, batch, size, tokens, temperature, top_k):
 
 
 def good(stories):
-    """The texts of those that came to an end, are long enough and in plain letters, each beginning once."""
+    """Their texts up to the last whole sentence: long enough, in plain letters, not going round in circles, none twice."""
     seen = set()
     for story in stories:
-        text = story["text"]
-        if story["ended"] and len(text) > 200 and text.isascii() and text[:100] not in seen:
+        text = story["text"][: max(story["text"].rfind(end) for end in (".", "!", "?", '."', '!"', '?"')) + 2].strip()
+        varied = len(zlib.compress(text.encode())) > 0.4 * len(text)
+        if len(text) > 300 and text.isascii() and varied and text[:100] not in seen:
             seen.add(text[:100])
             yield text
 

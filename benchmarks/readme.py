@@ -23,7 +23,7 @@ TRAINED = 102400  # tokens
 
 
 def figures():
-    """(perplexity, ratio to the source): tables of way × budget, each cell the values of all calibration draws."""
+    """(the rows of `WAYS`, one per calibration draw and budget, with their `way`; the perplexity of the source)."""
     rows = pd.read_csv(RESULTS / "training_free_smollm2-135m.csv")
     rows = rows[rows["calibration_tokens"].eq(rows["calibration_tokens"].max()) | rows["method"].eq("mean")]
     rows["way"] = pd.Series(list(zip(rows["method"], rows["allocation"])), rows.index).map(WAYS)
@@ -41,6 +41,7 @@ def trained():
 
 
 def spread(values):
+    """Mean and range in words; the mean alone where rounding leaves no range."""
     low, high = f"{values.min():,.1f}", f"{values.max():,.1f}"
     return f"{values.mean():,.1f}" + (f" ({low} to {high})" if low != high else "")
 

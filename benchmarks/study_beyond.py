@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from readme import spread
 from study_claims import at_best_rate, budget_points, verdict
 
 from dha_utils.measure.perplexity import interval
@@ -38,12 +39,7 @@ def every_way(rows):
     """Mean perplexity and its range over the draws: a row per method, allocation and size of text, a column per budget."""
     rows = rows.sort_values("calibration_tokens", kind="stable")
     values = rows.groupby(["calibration_tokens", "method", "allocation", "budget"], sort=False)["perplexity"]
-    table = values.agg(["mean", "min", "max"])
-    words = table["mean"].map("{:,.1f}".format)
-    words += (" (" + table["min"].map("{:,.1f}".format) + " to " + table["max"].map("{:,.1f}".format) + ")").where(
-        values.nunique() > 1, ""
-    )
-    return words.unstack("budget").sort_index(axis=1, ascending=False).fillna("")
+    return values.agg(spread).unstack("budget").sort_index(axis=1, ascending=False).fillna("")
 
 
 def step_gains(rows):

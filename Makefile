@@ -1,7 +1,7 @@
 # make run    set up, then notebooks 01-05 on MODEL at BUDGET into runs/$(RUN)/; run again to resume
 # make test   set up, then ruff, pytest (also under the newest transformers that is allowed) and nbval
 MODEL ?= smollm2-135m
-TEXT ?= wikipedia
+TEXT ?= $(if $(filter austen-mha,$(MODEL)),austen,wikipedia)
 BUDGET ?= 0.5
 # Instead of a budget: CACHE_BYTES=... a token, or MAX_INCREASE=0.05 of the perplexity
 TARGET = $(if $(MAX_INCREASE),-p max_increase "$(MAX_INCREASE)") $(if $(CACHE_BYTES),-p cache_bytes "$(CACHE_BYTES)")
@@ -27,17 +27,17 @@ LEANING := tests/model/test_transformers.py tests/model/test_dha.py tests/model/
 NOTEBOOKS := 01_head_redundancy 02_head_clusters 03_head_fusion 04_continued_pretraining 05_compression_vs_perplexity
 LENGTH := 256
 PARAMETERS = -r model "$(MODEL)" -r text "$(TEXT)" -p budget "$(BUDGET)" -r run_dir $(DIR) -p length $(LENGTH) $(TARGET) $(PLACE)
-# wiki-mha is small enough for the notebooks' own defaults; anything else gets longer blocks and fewer of all that takes time
-ifneq ($(MODEL),wiki-mha)
+# austen-mha is small enough for the notebooks' own defaults; anything else gets longer blocks and fewer of all that takes time
+ifneq ($(MODEL),austen-mha)
 LENGTH := 512
 PARAMETERS += -p calibration_blocks 16 -p validation_blocks 8
 SEARCH := -p search_steps 8
 LEARNING := -p fusion_tokens 4096 -p evaluations 2
-TRAINING := -p tokens 4096 -p evaluations 2 -p learning_rate 2e-4
+TRAINING := -p tokens 4096 -p evaluations 2 -p learning_rate 2e-4 -p pooled_learning_rate 5e-4
 CHART := -y "budgets: [0.67, 0.5, 0.34]"
 endif
 
-.PHONY: setup check run sweep lab test test-slow test-versions test-under-$(OLDEST) test-under-$(NEWEST) notebooks clean
+.PHONY: setup check run sweep site lab test test-slow test-versions test-under-$(OLDEST) test-under-$(NEWEST) notebooks clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -81,6 +81,13 @@ $(DIR)/05_compression_vs_perplexity.ipynb: $(DIR)/04_continued_pretraining.ipynb
 # The papermill batch: one run folder a budget
 sweep:
 	for budget in $(BUDGETS); do $(MAKE) run MODEL="$(MODEL)" TEXT="$(TEXT)" BUDGET=$$budget || exit 1; done
+
+# README, the notebooks as executed on the tutorial model and in $(DIR), the studies and the API, into runs/site/html
+site: run
+	$(BIN)/pip install -q -c constraints.txt -e .[site]
+	$(BIN)/papermill -r model "$(MODEL)" -p budget "$(BUDGET)" notebooks/00_start_here.ipynb $(DIR)/00_start_here.ipynb
+	$(BIN)/python docs/pages.py $(DIR) runs/site/docs
+	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -75,7 +75,7 @@ def random_checkpoint(folder, shape):
         save_file({name: w.bfloat16() for name, w in shard.items()}, folder / f"model-{place:05d}.safetensors")
     write_index(folder, sorted(path.name for path in folder.glob("*.safetensors")))
     config.save_pretrained(folder)
-    load_tokenizer("wiki-mha", DATA / "wiki-mha", config).save_pretrained(folder)
+    load_tokenizer("austen-mha", DATA / "austen-mha", config).save_pretrained(folder)
 
 
 def measured(case, layers, blocks, length, device):

@@ -1,6 +1,6 @@
 """The price of sharing heads in one layer: measured by running the model, and from that layer alone.
 
-    python benchmarks/layer_prices.py                                              # wiki-mha, 48 blocks of 256 tokens
+    python benchmarks/layer_prices.py                                              # austen-mha, 48 blocks of 256 tokens
     python benchmarks/layer_prices.py --model smollm2-135m --blocks 16 --length 512
 
 For every layer, kind of heads and number of heads kept: `measured`, the KL divergence in nats per token from the source's
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from inputs import add_inputs, parsed
 from tqdm import tqdm
 
 from dha_utils import load_checkpoint, load_text, token_blocks
@@ -21,16 +22,13 @@ from dha_utils.measure.stream import each_layer
 from dha_utils.plan.prices import KINDS, PriceWalk
 from dha_utils.runs import write_whole
 
-HERE = Path(__file__).parent
-
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="wiki-mha")
+    add_inputs(parser, "austen-mha", "layer_prices")
     parser.add_argument("--blocks", type=int, default=48, help="calibration blocks")
     parser.add_argument("--length", type=int, default=256, help="tokens per block")
-    parser.add_argument("--out", type=Path, help="results/layer_prices_MODEL.csv by default")
-    return parser.parse_args()
+    return parsed(parser, "layer_prices")
 
 
 class StreamError(PriceWalk):
@@ -44,7 +42,7 @@ def main():
     arguments = parse_arguments()
     name = Path(arguments.model).name
     model, tokenizer = load_checkpoint(arguments.model)
-    blocks = token_blocks(tokenizer, load_text("wikipedia", "train"), arguments.length, arguments.blocks)
+    blocks = token_blocks(tokenizer, load_text(arguments.text, "train"), arguments.length, arguments.blocks)
     prices, seconds = {}, {}
     for way, walk in {
         "measured": lambda: PriceWalk(model, blocks, alone="measured"),
@@ -55,13 +53,13 @@ def main():
         layers = tqdm(each_layer(model), way, len(model.model.layers))
         prices[way] = torch.stack([pricing.price(index, layer)[1] for index, layer in layers])
         seconds[f"{way}_seconds"] = time.perf_counter() - begin
-    rows = ["model,layer,kind,heads_kept,measured,slopes,stream,threads," + ",".join(seconds)]
+    rows = ["model,text,layer,kind,heads_kept,measured,slopes,stream,threads," + ",".join(seconds)]
     for layer, kind, place in torch.cartesian_prod(*map(torch.arange, prices["measured"].shape)).tolist():
         figures = [prices[way][layer, kind, place].item() for way in prices]
-        case = [name, layer, KINDS[kind], pricing.grid[place]]
+        case = [name, arguments.text, layer, KINDS[kind], pricing.grid[place]]
         columns = [*case, *(f"{x:.6g}" for x in figures), torch.get_num_threads(), *(f"{s:.4g}" for s in seconds.values())]
         rows.append(",".join(map(str, columns)))
-    write_whole(arguments.out or HERE / "results" / f"layer_prices_{name}.csv", "\n".join(rows) + "\n")
+    write_whole(arguments.out, "\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
 """The paper's method and its claims at a scale anyone can rerun: eight ways to the same head budget, on the same tokens.
 
-    python benchmarks/paper_claims.py                                 # wiki-mha, 25 % and 50 %, seeds 0-2; days on one core
-    python benchmarks/paper_claims.py --tokens 0 100000 --seeds 0 &   # other seeds may run beside it; longer runs only
-    python benchmarks/paper_claims.py --tokens 0 100000 --seeds 1 2   # after both: all seeds together choose their rate
-    python benchmarks/paper_claims.py --tokens 3000000 --budgets 0.25 --methods GQA source --seeds 0  # four times the text
+    python benchmarks/paper_claims.py --learning-rates 5e-4 2e-3      # austen-mha, 25 % and 50 %; two hours on one core
     python benchmarks/paper_claims.py --model smollm2-135m --length 512 --budgets 0.5 --tokens 0 100000
 
 Tokens are counted from the first step of the search; a run at T tokens has its own schedule. A tenth of them goes to
@@ -11,12 +8,10 @@ the search (at most its 240 steps), at most half to learning the fusion, the res
 weights on the LM loss, at each of the learning rates: what suits a broken start is too fast for one that is nearly the
 source. Where the CSV has fewer tokens already, only at the one that did best there and at faster ones, which longer
 runs bear until they have read the text twice, for each method and budget apart. Runs resume, and then have no seconds;
-those that the CSV already has are not repeated. Some had one rate only: those on 300,000 tokens the one that did best
-on fewer, but for the two mean-pooled DHA of smollm2-135m; the source on 3,000,000 the slower; of smollm2-135m on
-100,000, GQA by CKA the better one of GQA, and spectral fusion with seeds 1 and 2 the better one of seed 0.
-
-The rows with the device cuda: an H200, --device cuda, up to 20 runs beside one another, which makes their seconds long;
-those of smollm2-135m in TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1), but for spectral fusion.
+those that the CSV already has are not repeated. Of smollm2-135m, some had one rate only: those on 300,000 tokens the one
+that did best on fewer, but for the two mean-pooled DHA; on 100,000, GQA by CKA the better one of GQA, and spectral
+fusion with seeds 1 and 2 the better one of seed 0. Its rows with the device cuda: an H200, --device cuda, up to 20 runs
+beside one another, which makes their seconds long, in TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1), but for spectral fusion.
 """
 
 import argparse
@@ -24,6 +19,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from inputs import add_inputs, parsed
 from study_claims import at_best_rate
 
 from dha_utils import (
@@ -47,7 +43,6 @@ from dha_utils.recover.training import training_log
 from dha_utils.runs import ROOT, append_rows, has_row, rows_with
 from dha_utils.sources.text import drawn
 
-HERE = Path(__file__).parent
 SEARCH_STEPS = 240
 SEARCH_SHARE, FUSION_SHARE = 0.1, 0.5
 TOKENS_PER_STEP = 2048
@@ -55,9 +50,9 @@ TOKENS_PER_STEP = 2048
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="wiki-mha")
+    add_inputs(parser, "austen-mha", "paper_claims")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.5])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[0, 100_000, 300_000, 1_000_000])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[0, 100_000, 300_000])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-4, 5e-4], help="of the pre-training")
@@ -65,8 +60,7 @@ def parse_arguments():
     parser.add_argument("--calibration-blocks", type=int, default=16, help="for CKA on text and for spectral fusion")
     parser.add_argument("--validation-blocks", type=int, default=64)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="default: results/paper_claims_MODEL.csv beside this script")
-    return parser.parse_args()
+    return parsed(parser, "paper_claims")
 
 
 class Study:
@@ -76,7 +70,7 @@ class Study:
         self.name, self.length = Path(arguments.model).name, arguments.length
         self.source, tokenizer = load_checkpoint(arguments.model, device=arguments.device)
         self.training, self.validation = (
-            token_blocks(tokenizer, load_text("wikipedia", split), arguments.length, limit)
+            token_blocks(tokenizer, load_text(arguments.text, split), arguments.length, limit)
             for split, limit in (("train", None), ("validation", arguments.validation_blocks))
         )
         self.calibration_blocks = arguments.calibration_blocks
@@ -164,7 +158,7 @@ def planned_runs(arguments):
                     if (tokens == 0 and method in SEARCHED) or (method == "source" and budget != arguments.budgets[0]):
                         continue
                     share = 1.0 if method == "source" else budget
-                    yield {"method": method, "budget": share, "tokens": tokens, "seed": seed}
+                    yield {"method": method, "budget": share, "tokens": tokens, "seed": seed, "text": arguments.text}
 
 
 def rates_to_try(out, run, rates, text_tokens):
@@ -174,7 +168,7 @@ def rates_to_try(out, run, rates, text_tokens):
     """
     if run["tokens"] > 2 * text_tokens:
         return rates
-    rows = rows_with(out, {"method": run["method"], "budget": run["budget"]})
+    rows = rows_with(out, {name: run[name] for name in ("method", "budget", "text")})
     if len(rows):
         rows = rows[(rows["tokens"] < run["tokens"]) & rows["learning_rate"].isin(rates)]
     if not len(rows):
@@ -226,14 +220,15 @@ def measure(study, run, learning_rates):
 
 def main():
     arguments = parse_arguments()
-    out = arguments.out or HERE / "results" / f"paper_claims_{Path(arguments.model).name}.csv"
     study = Study(arguments)
     for run in planned_runs(arguments):
-        rates = rates_to_try(out, run, arguments.learning_rates, study.training.numel()) if run["tokens"] else [0.0]
-        rates = [rate for rate in rates if not has_row(out, run | {"learning_rate": rate})]
+        rates = (
+            rates_to_try(arguments.out, run, arguments.learning_rates, study.training.numel()) if run["tokens"] else [0.0]
+        )
+        rates = [rate for rate in rates if not has_row(arguments.out, run | {"learning_rate": rate})]
         if not rates:
             continue
-        append_rows(out, list(measure(study, run, rates)))
+        append_rows(arguments.out, list(measure(study, run, rates)))
         print(f"{run['method']}, budget {run['budget']:.0%}, {run['tokens']:,} tokens, seed {run['seed']}", flush=True)
 
 

@@ -3,14 +3,12 @@
     python benchmarks/recovery.py --seeds 0 1 2 --losses distil lm             # smollm2-135m at 50 %
     python benchmarks/recovery.py --seeds 0 1 2 --starts source --losses lm    # its control
 
-Those of wiki-mha, --model wiki-mha --length 256 --calibration-blocks 128 --validation-blocks 64 --seeds 0 1 2 with each of
+Those of austen-mha, with --model austen-mha --length 256 --calibration-blocks 128 --validation-blocks 64
+--seeds 0 1 2 --learning-rate 5e-4 and each of
 
-    --budget 0.25 --trainable attention lora all
+    --budget 0.25 --trainable attention all
     --budget 0.25 --losses lm
-    --budget 0.25 --tokens 512000 --trainable all
-    --budget 0.125 --tokens 512000 --trainable all
-    --starts source --losses lm --trainable attention lora all
-    --starts source --losses lm --trainable all --tokens 512000
+    --starts source --losses lm --trainable attention all
 
 On a GPU, --device cuda --tokens 512000 --seeds 0 1 2 with each of
 
@@ -33,22 +31,23 @@ import time
 from itertools import product
 from pathlib import Path
 
+from inputs import add_inputs, parsed
+
 from dha_utils import fuse, load_checkpoint, load_text, plan_heads, pretrain, token_blocks
 from dha_utils.fuse.refit import refit
 from dha_utils.measure.perplexity import scored_tokens
 from dha_utils.recover.pretrain import TRAINABLE
 from dha_utils.recover.training import training_log
-from dha_utils.runs import ROOT, append_rows, has_row
+from dha_utils.runs import ROOT, append_rows, fingerprint, has_row
 from dha_utils.sources.checkpoints import save_checkpoint
 from dha_utils.sources.text import drawn
 
-HERE = Path(__file__).parent
 RUNS = ROOT / "runs" / "recovery"
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
+    add_inputs(parser, "smollm2-135m", "recovery")
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--tokens", type=int, default=102400)
     parser.add_argument("--starts", nargs="+", choices=("refitted", "source"), default=["refitted"])
@@ -60,15 +59,14 @@ def parse_arguments():
     parser.add_argument("--calibration-blocks", type=int, default=128)
     parser.add_argument("--validation-blocks", type=int, default=8)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="default: results/recovery_MODEL.csv beside this script")
-    return parser.parse_args()
+    return parsed(parser, "recovery")
 
 
 def start_model(run, source, tokenizer, calibration):
     if run["start"] == "source":
         return source
-    columns = ("model", "start", "budget", "calibration_tokens", "seed")
-    folder = RUNS / "-".join(str(run[column]) for column in columns)
+    columns = ("model", "text", "start", "budget", "calibration_tokens", "seed")
+    folder = RUNS / "-".join([*(str(run[column]) for column in columns), fingerprint(source, calibration)])
     if not folder.exists():
         fused = fuse(source, plan_heads(source, calibration, run["budget"]), calibration)
         save_checkpoint(refit(fused, source, calibration)[0], tokenizer, folder)
@@ -82,6 +80,7 @@ def planned_runs(arguments):
             continue  # it would learn from itself
         yield {
             "model": Path(arguments.model).name,
+            "text": arguments.text,
             "start": start,
             "loss": loss,
             "trainable": trainable,
@@ -95,14 +94,13 @@ def planned_runs(arguments):
 
 def main():
     arguments = parse_arguments()
-    out = arguments.out or HERE / "results" / f"recovery_{Path(arguments.model).name}.csv"
     source, tokenizer = load_checkpoint(arguments.model, device=arguments.device)
     training, validation = (
-        token_blocks(tokenizer, load_text("wikipedia", split), arguments.length, limit)
+        token_blocks(tokenizer, load_text(arguments.text, split), arguments.length, limit)
         for split, limit in (("train", None), ("validation", arguments.validation_blocks))
     )
     for run in planned_runs(arguments):
-        if has_row(out, run):
+        if has_row(arguments.out, run):
             continue
         start = start_model(run, source, tokenizer, drawn(training, arguments.calibration_blocks, run["seed"]))
         folder = RUNS / "-".join(map(str, run.values()))
@@ -128,7 +126,7 @@ def main():
                 seconds=None if resumed else round(time.perf_counter() - begin),
             )
         )
-        append_rows(out, rows)
+        append_rows(arguments.out, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Which pairwise measure foretells the loss of fusing two heads? Every pair of every layer, fused for real.
 
-    python benchmarks/similarity.py                                            # wiki-mha, about 10 minutes on one core
+    python benchmarks/similarity.py                                            # austen-mha, about 10 minutes on one core
     python benchmarks/similarity.py --model smollm2-135m --length 512 --blocks 16
 
 Half of the calibration blocks make the fusion and the measures, the other half measure what it costs: the rise of the
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from inputs import add_inputs, parsed
 from torch.nn.functional import kl_div, normalize
 from tqdm import tqdm
 
@@ -25,18 +26,15 @@ from dha_utils.paper.search import search_scores
 from dha_utils.plan.prices import KINDS, predictions, shared_in_place
 from dha_utils.runs import ROOT, write_whole
 
-HERE = Path(__file__).parent
-
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="wiki-mha")
+    add_inputs(parser, "austen-mha", "similarity")
     parser.add_argument("--length", type=int, default=256, help="tokens a block")
     parser.add_argument("--blocks", type=int, default=64, help="calibration blocks, half to fuse, half to measure")
     parser.add_argument("--search-steps", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="default: results/similarity_MODEL.csv beside this script")
-    return parser.parse_args()
+    return parsed(parser, "similarity")
 
 
 @torch.no_grad()
@@ -107,10 +105,9 @@ def measured_costs(model, fitted, held_out):
 def main():
     arguments = parse_arguments()
     name = Path(arguments.model).name
-    out = arguments.out or HERE / "results" / f"similarity_{name}.csv"
     model, tokenizer = load_checkpoint(arguments.model)
     calibration, training = (
-        token_blocks(tokenizer, load_text("wikipedia", "train"), arguments.length, limit)
+        token_blocks(tokenizer, load_text(arguments.text, "train"), arguments.length, limit)
         for limit in (arguments.blocks, None)
     )
     fitted, held_out = calibration[0::2], calibration[1::2]
@@ -127,14 +124,17 @@ def main():
         "cosine": cosine(model),
         "omega": omega_similarity(history[max(history)], model.config.num_key_value_heads),
     }
+    energies = head_energies(model, fitted)
+    lost = {"key": [layer.key_cost for layer in energies], "value": [layer.value_cost for layer in energies]}
     rows = [
         {"layer": layer, "kind": kind, "i": i, "j": j}
         | {metric: values[kind][layer, i, j].item() for metric, values in measures.items()}
+        | {"energy_lost": lost[kind][layer]((i, j))[0]}
         | cost
-        | {"tokens": scored_tokens(held_out)}
+        | {"tokens": scored_tokens(held_out), "text": arguments.text}
         for (layer, kind, i, j), cost in measured_costs(model, fitted, held_out).items()
     ]
-    write_whole(out, pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
+    write_whole(arguments.out, pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from readme import spread
 from study_claims import at_best_rate, budget_points, verdict
 
 from dha_utils.measure.perplexity import interval
-from dha_utils.plots import plain_log
+from dha_utils.plots import COLORS, plain_log
 
 STEPS = {  # (method, allocation) of `benchmarks/training_free.py`
     ("mean", "uniform"): "GQA: neighbours, mean",
@@ -70,18 +71,45 @@ def against_low_rank(rows):
 
 
 def ladder(rows, title):
-    """Perplexity from mean pooling to the best, step by step: a line per head budget, mean and range over the draws.
+    """Perplexity from mean pooling to the best, step by step, and of low-rank caches: mean and range over the draws.
 
-    `rows`: of `benchmarks/training_free.py`, one size of text; the low-rank caches of the same size are dashed lines.
+    `rows`: of `benchmarks/training_free.py`, one size of text; a colour per head budget.
     """
     figure, axis = plt.subplots(figsize=(9.5, 5), layout="constrained")
-    baseline = low_rank(rows).groupby("budget").mean()
-    for budget, (name, color) in budget_points(with_steps(rows), "step", axis).items():
-        axis.axvline(baseline[budget], color=color, linestyle="--", label=f"low rank, {name}")
+    rival = low_rank(rows).reset_index().assign(step="low-rank cache of the same size")
+    steps = with_steps(rows)
+    order = [*steps["step"].cat.categories, rival["step"].iloc[0]]
+    budget_points(pd.concat([steps, rival]), "step", axis, order=order, linestyle="none", dodge=0.3)
+    axis.axhline(len(order) - 1.5, color="0.6", linewidth=1)
     axis.axvline(rows["base_perplexity"].mean(), color="black", linestyle=":", label="source")
     axis.set(title=title, xlabel="validation perplexity (log scale; lower is better)", xscale="log", ylabel=None)
     plain_log(axis.xaxis)
     axis.legend(title="heads kept", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def rival_dots(versus, title):
+    """The ratios of `against_low_rank` with their 95 % intervals, a row per case of the table's index."""
+    figure, axis = plt.subplots(figsize=(9.5, 0.4 * len(versus) + 1.6), layout="constrained")
+    names = [f"{model}, {budget:.0%}, {tokens:,} tokens" for model, budget, tokens in versus.index]
+    heights, mean = np.arange(len(versus))[::-1], versus["DHA / low rank"]
+    whiskers = np.clip([mean - versus["low"], versus["high"] - mean], 0, 0.5)  # of two draws, some have no end
+    axis.errorbar(mean, heights, xerr=whiskers, fmt="o", color=COLORS[0], capsize=4)
+    axis.axvline(1, color="black", linestyle="--")
+    axis.set(title=title, xlabel="perplexity of shared heads over that of the low-rank cache (below 1: shared heads win)")
+    axis.set_yticks(heights, names)
+    return figure
+
+
+def decode_lines(decode, title):
+    """A decoding step over the source's, by context: a line per method of `benchmarks/decode_cost.py`."""
+    figure, axis = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    sns.lineplot(decode, x="context", y="times_the_source", hue="method", style="method", markers=True, ax=axis)
+    axis.axhline(1, color="black", linestyle="--")
+    axis.set(title=title, xlabel="context (tokens)", ylabel="time of the source's step", xscale="log", yscale="log")
+    for side in (axis.xaxis, axis.yaxis):
+        plain_log(side)
+    axis.legend()
     return figure
 
 

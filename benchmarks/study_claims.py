@@ -124,9 +124,22 @@ def paper_verdicts(rows, budget, tokens):
     return pd.DataFrame(table, columns=columns).set_index("the paper says")
 
 
+def around(values):
+    """(lowest, highest), with the mean between them in spite of rounding."""
+    return min(values.min(), values.mean()), max(values.max(), values.mean())
+
+
+def line_color(method):
+    """Black for the source, colours for what is compared, grey for what only differs from it in a part."""
+    chosen = {"source": "black", "GQA": COLORS[3], "DHA": COLORS[0], "spectral": COLORS[2]}
+    parts = {"source,": "black", "distilled": COLORS[0], "LM loss": COLORS[1]}
+    return chosen.get(method) or next((color for part, color in parts.items() if part in method), "0.65")
+
+
 def study_lines(rows, title, logarithmic=True):
     """Perplexity over training tokens, a line per method with the range over seeds; one panel per head budget.
 
+    A method has the same colour in every chart (`line_color`); markers tell apart those that share one.
     `rows`: columns method, budget, tokens, seed, perplexity; the source (budget 1) stands in every panel. Where they have
     a column text_tokens, runs beyond it have read the training text more than once.
     """
@@ -138,12 +151,12 @@ def study_lines(rows, title, logarithmic=True):
         "style_order": methods,
         "markers": True,
         "dashes": False,
-        "palette": COLORS[: len(methods)],
+        "palette": [line_color(method) for method in methods],
     }
     for axis, budget in zip(np.atleast_1d(axes), budgets):
         chosen, last = rows[rows["budget"].isin([budget, 1.0])], budget == budgets[-1]
         columns = {"x": "tokens", "y": "perplexity", "hue": "method", "style": "method"}
-        sns.lineplot(chosen, **columns, **style, errorbar=("pi", 100), ax=axis, legend=last)
+        sns.lineplot(chosen, **columns, **style, errorbar=around, err_style="bars", ax=axis, legend=last)
         if "text_tokens" in rows:
             axis.axvline(rows["text_tokens"].iloc[0], color="black", linestyle=":", label="one pass over the text")
         scale = " (log scale)" if logarithmic else ""

@@ -2,8 +2,8 @@
 
     python benchmarks/training_free.py --refit layers                                # smollm2-135m, 16,384 tokens
     python benchmarks/training_free.py --refit layers --calibration-blocks 128
-    python benchmarks/training_free.py --model wiki-mha --length 256 --calibration-blocks 128 --validation-blocks 64 \
-        --budgets 0.5 0.25 0.1875 0.125 --refit attention layers
+    python benchmarks/training_free.py --model austen-mha --length 256 --calibration-blocks 128 \
+        --validation-blocks 64 --budgets 0.5 0.25 0.125 --refit layers
 
 Every row stands for one model: the same validation blocks for all, calibration blocks drawn by the seed from the training
 split, whose articles are many: what is fitted to a few of them serves the others badly. Rows that the CSV already has are
@@ -15,8 +15,8 @@ import time
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
-from pathlib import Path
 
+from inputs import add_inputs, parsed
 from low_rank import allocated_ranks, low_rank_model, uniform_ranks, whitened_svd
 from tqdm import tqdm
 
@@ -31,21 +31,19 @@ from dha_utils.plan.prices import after_refit, loss_increase
 from dha_utils.runs import append_rows, has_row
 from dha_utils.sources.text import drawn
 
-HERE = Path(__file__).parent
 REFITS = {"attention": {"layer_epochs": 0}, "layers": {}}  # what is fitted: settings of `refit`
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
+    add_inputs(parser, "smollm2-135m", "training_free")
     parser.add_argument("--budgets", type=float, nargs="+", default=[2 / 3, 0.5, 1 / 3])
     parser.add_argument("--length", type=int, default=512, help="tokens a block")
     parser.add_argument("--calibration-blocks", type=int, default=32)
     parser.add_argument("--validation-blocks", type=int, default=8)
     parser.add_argument("--refit", nargs="+", choices=list(REFITS), default=[], help="also fit to the source")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration draws")
-    parser.add_argument("--out", type=Path, help="default: results/training_free_MODEL.csv beside this script")
-    return parser.parse_args()
+    return parsed(parser, "training_free")
 
 
 def methods(source, calibration, refits):
@@ -112,20 +110,25 @@ def head_counts(model):
 
 def main():
     arguments = parse_arguments()
-    out = arguments.out or HERE / "results" / f"training_free_{Path(arguments.model).name}.csv"
     source, tokenizer = load_checkpoint(arguments.model)
-    pool = token_blocks(tokenizer, load_text("wikipedia", "train"), arguments.length)
+    pool = token_blocks(tokenizer, load_text(arguments.text, "train"), arguments.length)
     validation = token_blocks(
-        tokenizer, load_text("wikipedia", "validation"), arguments.length, arguments.validation_blocks
+        tokenizer, load_text(arguments.text, "validation"), arguments.length, arguments.validation_blocks
     )
     base = perplexity(source, validation)
     for seed in tqdm(arguments.seeds, "calibration draws"):
         calibration = drawn(pool, arguments.calibration_blocks, seed)
         made = methods(source, calibration, arguments.refit)
         for budget, ((method, allocation), make) in product(arguments.budgets, made.items()):
-            run = {"method": method, "allocation": allocation, "budget": round(budget, 4), "seed": seed}
+            run = {
+                "method": method,
+                "allocation": allocation,
+                "budget": round(budget, 4),
+                "seed": seed,
+                "text": arguments.text,
+            }
             run["calibration_tokens"] = calibration.numel()
-            if has_row(out, run):
+            if has_row(arguments.out, run):
                 continue
             start = time.perf_counter()
             model = make(heads_for_budget(source.config, budget))
@@ -133,7 +136,7 @@ def main():
             result = perplexity(model, validation)
             measured = {"perplexity": result, "base_perplexity": base, "ratio": result / base}
             measured |= {"validation_tokens": scored_tokens(validation), "seconds": seconds}
-            append_rows(out, [{"model": arguments.model, **run, **head_counts(model), **measured}])
+            append_rows(arguments.out, [{"model": arguments.model, **run, **head_counts(model), **measured}])
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from .sources.text import load_text
 # of the notebooks, where a command does not say
 DEFAULTS = {
     "run_dir": "runs/tutorial",
-    "model": "wiki-mha",
-    "text": "wikipedia",
+    "model": "austen-mha",
+    "text": "austen",
     "budget": 0.25,
     "method": "spectral",
     "seed": 0,
@@ -51,7 +51,7 @@ def typed(word):
 def add_convert(actions):
     """The options of `convert`, named as the parameters of the notebooks are."""
     parser = actions.add_parser("convert", help="make a DHA checkpoint of a LLaMA checkpoint, one layer at a time")
-    parser.add_argument("--model", required=True, help="a folder, a name on the hub, wiki-mha or smollm2-135m")
+    parser.add_argument("--model", required=True, help="a folder, a name on the hub, austen-mha or smollm2-135m")
     parser.add_argument("--out", required=True, help="the folder of the checkpoint that is made")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--budget", type=float, help="share of the key and value heads to keep, at most 1")

@@ -11,7 +11,8 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ".6g"  # of the numbers in the CSVs
-MEASURED_BY = {"source": "01_head_redundancy", "untrained": "03_head_fusion", "trained": "04_continued_pretraining"}
+MEASURED_BY = {"source": "01_head_redundancy", "trained": "04_continued_pretraining"}
+MEASURED_BY |= dict.fromkeys(("untrained", "learned"), "03_head_fusion")
 NO_CONTENT = ("_name_or_path", "transformers_version", "use_cache")  # of a config
 AGAIN = " (make run does so once its .ipynb is deleted from the run folder)"
 

@@ -23,7 +23,7 @@ WALK = import_module("dha_utils.measure.walk")
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_checkpoint("wiki-mha")[1]
+    return load_checkpoint("austen-mha")[1]
 
 
 @pytest.fixture(params=SHAPES)
@@ -316,10 +316,10 @@ def test_the_command_converts_and_refuses_in_one_sentence(checkpoint, tmp_path, 
 
 
 def test_in_bfloat16_a_converted_model_is_as_good_as_in_float32(tmp_path):
-    _, tokenizer = load_checkpoint("wiki-mha")
-    blocks, unseen = (token_blocks(tokenizer, load_text("wikipedia", split), 128, 8) for split in ("train", "validation"))
+    _, tokenizer = load_checkpoint("austen-mha")
+    blocks, unseen = (token_blocks(tokenizer, load_text("austen", split), 128, 8) for split in ("train", "validation"))
     found = {}
     for dtype in ("float32", "bfloat16"):
-        out = convert("wiki-mha", blocks, tmp_path / dtype, 0.5, dtype=dtype, device="cpu")
+        out = convert("austen-mha", blocks, tmp_path / dtype, 0.5, dtype=dtype, device="cpu")
         found[dtype] = perplexity(load_checkpoint(out, dtype)[0], unseen)
     assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.01)

@@ -10,7 +10,7 @@ from conftest import tiny_llama
 from dha_utils import load_checkpoint, save_checkpoint
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-SIZES = {"text": "wikipedia", "length": 32, "calibration_blocks": 8, "validation_blocks": 4}
+SIZES = {"text": "austen", "length": 32, "calibration_blocks": 8, "validation_blocks": 4}
 OWN = {"02_head_clusters": {"search_steps": 4}}
 
 
@@ -25,7 +25,7 @@ def execute(name, folder, **parameters):
 def checkpoint(folder, heads, key_value_heads):
     shape = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads, "head_dim": 8, "hidden_size": 8 * heads}
     model = tiny_llama(vocab_size=4096, num_hidden_layers=2, **shape)
-    save_checkpoint(model, load_checkpoint("wiki-mha")[1], folder / "model")
+    save_checkpoint(model, load_checkpoint("austen-mha")[1], folder / "model")
     return str(folder / "model")
 
 
@@ -47,5 +47,5 @@ def test_a_wrong_parameter_is_one_sentence_in_the_notebook_too(tmp_path):
     with pytest.raises(
         papermill.PapermillExecutionError, match="ValueError: method must be one of mean, spectral, not 'gqa'"
     ):
-        execute("01_head_redundancy", tmp_path, model="wiki-mha", budget=0.5, method="gqa")
+        execute("01_head_redundancy", tmp_path, model="austen-mha", budget=0.5, method="gqa")
     assert not (tmp_path / "run").exists()

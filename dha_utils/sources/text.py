@@ -1,4 +1,4 @@
-"""Where the text comes from: bundled Wikipedia, a text or JSONL file, a folder of them, or a data set of the hub."""
+"""Where text comes from: bundled articles and novels, a text or JSONL file, a folder of them, a data set of the hub."""
 
 import bz2
 import json
@@ -9,13 +9,14 @@ from textwrap import shorten
 
 import torch
 
-from ..runs import find
+from ..runs import ROOT, find
 
 SPLITS = ("train", "calibration", "validation")
 
 
-# Of every ten documents, in the order of the source, the first is for validation and the sixth for calibration.
-_EVERY, _VALIDATION, _CALIBRATION = 10, 0, 5
+# Of every ten documents, in the order of the source, the first is for validation and the sixth for calibration. Of the
+# novels, which the model of this repository was trained on, the fifth and the ninth are for conversions.
+_EVERY, _VALIDATION, _CALIBRATION, _CONVERSION = 10, 0, 5, (4, 8)
 
 
 FILES = (".txt", ".md", ".jsonl")  # of a folder
@@ -33,22 +34,26 @@ READ = 4_000_000, 64  # characters: a sample of blocks is taken from so many, or
 def load_text(name="wikipedia", split="validation"):
     """The documents of one split, as a list of strings.
 
-    `name` is `"wikipedia"` (106 English articles that ship inside the gensim package), the path of a text file, of a
-    JSONL file with a `text` in each line, or of a folder of `.txt`, `.md` and `.jsonl` files, or the name of a data set on
-    the hub (needs internet) with a `text` column. The split goes by whole documents (of a text file: by passages of about
-    4,000 characters) and never changes: 8 in 10 are `"train"`, 1 is `"calibration"`, 1 `"validation"`. Calibrate a
-    conversion on `"train"`: many documents serve unseen text better than as many tokens of a few.
+    `name` is `"wikipedia"` (106 English articles that ship inside the gensim package), `"austen"` (the 269 chapters of six
+    novels, in this repository), the path of a text file, of a JSONL file with a `text` in each line, or of a folder of
+    `.txt`, `.md` and `.jsonl` files, or the name of a data set on the hub (needs internet) with a `text` column. The split
+    goes by whole documents (of a text file: by passages of about 4,000 characters) and never changes: 8 in 10 are
+    `"train"`, 1 is `"calibration"`, 1 `"validation"`. Of `"austen"`, 6 in 10 are `"pretraining"`, which `austen-mha` was
+    trained on, and 2 are `"train"`. Calibrate a conversion on `"train"`: many documents serve unseen text better than as
+    many tokens of a few.
 
     Raises ValueError if the split is unknown, nothing has that name, a file is not UTF-8 or not JSONL, or there is too
     little text to split.
     """
-    if split not in SPLITS:
-        raise ValueError(f"there is no split {split!r}: choose one of {', '.join(SPLITS)}")
-    documents = _documents(str(name))
-    chosen = [text for i, text in enumerate(documents) if _split_of(i) == split]
+    name = str(name)
+    splits = (*SPLITS, "pretraining") if name == "austen" else SPLITS
+    if split not in splits:
+        raise ValueError(f"there is no split {split!r} of {name!r}: choose one of {', '.join(splits)}")
+    documents = _documents(name)
+    chosen = [text for i, text in enumerate(documents) if _split_of(i, "pretraining" in splits) == split]
     if not chosen:
         raise ValueError(
-            f"the text {str(name)!r} has {len(documents)} documents or passages, too few to split: give at least "
+            f"the text {name!r} has {len(documents)} documents or passages, too few to split: give at least "
             f"{_EVERY} paragraphs or lines"
         )
     return chosen
@@ -100,13 +105,15 @@ def drawn(blocks, count, seed):
     return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:count].sort().values]
 
 
-def _split_of(index):
-    return {_VALIDATION: "validation", _CALIBRATION: "calibration"}.get(index % _EVERY, "train")
+def _split_of(index, pretraining=False):
+    place = index % _EVERY
+    rest = "pretraining" if pretraining and place not in _CONVERSION else "train"
+    return {_VALIDATION: "validation", _CALIBRATION: "calibration"}.get(place, rest)
 
 
 def _documents(name):
-    if name == "wikipedia":
-        return _wikipedia()
+    if name in BUNDLED:
+        return BUNDLED[name]()
     path = find(name)
     inside = path.glob("**/*") if path.is_dir() else [path]
     files = sorted(file for file in inside if file.is_file() and (file.suffix.lower() in FILES or file == path))
@@ -150,6 +157,15 @@ def _wikipedia():
     return [text for text in tidy if text]
 
 
+def _austen():
+    """Chapters of six novels by Jane Austen (`data/pack_austen.py`)."""
+    with bz2.open(ROOT / "data" / "austen.jsonl.bz2", "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
+
+
+BUNDLED = {"wikipedia": _wikipedia, "austen": _austen}
+
+
 def _passages(text):
     """Paragraphs, long ones line by line, gathered into passages of about `PASSAGE`, or shorter where the text is short."""
     size = min(PASSAGE, len(text) // (2 * _EVERY))
@@ -172,6 +188,7 @@ def _hub(name):
         return [text for text in rows["text"] if text and text.strip()]
     except Exception as error:
         raise ValueError(
-            f"cannot load text from {name!r}: expected 'wikipedia', a text or JSONL file, a folder with .txt, .md or "
-            f".jsonl files, or a hub data set with a `text` column ({type(error).__name__}: {shorten(str(error), 200)})"
+            f"cannot load text from {name!r}: expected 'wikipedia', 'austen', a text or JSONL file, a folder with .txt, "
+            ".md or .jsonl files, or a hub data set with a `text` column "
+            f"({type(error).__name__}: {shorten(str(error), 200)})"
         ) from error

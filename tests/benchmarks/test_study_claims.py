@@ -101,7 +101,7 @@ def test_every_method_gets_its_best_rate(rows):
 
 
 def test_longer_runs_are_not_slower_than_the_best_of_the_shorter(tmp_path):
-    run = {"method": "GQA", "budget": 1 / 3, "tokens": 300}
+    run = {"method": "GQA", "budget": 1 / 3, "tokens": 300, "text": "austen"}
     rates, out = [1e-4, 2e-4, 5e-4], tmp_path / "rows.csv"
     assert paper_claims.rates_to_try(out, run, rates, 500) == rates
     for seed, perplexities in enumerate(([9, 6, 7], [9, 6, 5.5])):

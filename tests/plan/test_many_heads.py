@@ -25,18 +25,18 @@ def near_the_optimum(energies):
 
 
 @pytest.fixture(scope="module")
-def wiki():
-    model, tokenizer = load_checkpoint("wiki-mha")
-    return model, token_blocks(tokenizer, load_text("wikipedia", "train"), 256, 16)
+def trained():
+    model, tokenizer = load_checkpoint("austen-mha")
+    return model, token_blocks(tokenizer, load_text("austen", "train"), 256, 16)
 
 
-def test_near_the_optimum_on_a_trained_model(wiki):
-    for energies in head_energies(*wiki)[::2]:
+def test_near_the_optimum_on_a_trained_model(trained):
+    for energies in head_energies(*trained)[::2]:
         near_the_optimum(energies)
 
 
-def test_near_the_optimum_on_a_planted_model(wiki):
-    model, blocks = wiki
+def test_near_the_optimum_on_a_planted_model(trained):
+    model, blocks = trained
     for energies in head_energies(plant_redundancy(grouped_query(model, blocks)), blocks)[1::2]:
         near_the_optimum(energies)
 

@@ -105,7 +105,7 @@ def test_many_heads_are_priced_on_a_grid_and_between():
 
 
 def test_prices_are_not_measured_on_a_model_that_is_not_there(blocks):
-    model, _ = open_checkpoint("wiki-mha", "cpu")
+    model, _ = open_checkpoint("austen-mha", "cpu")
     with pytest.raises(ValueError, match="cannot be measured on a model that is read a layer at a time"):
         loss_increase(model, blocks, alone="measured")
 

@@ -37,11 +37,11 @@ def fused(mha, blocks):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_checkpoint("wiki-mha")[1]
+    return load_checkpoint("austen-mha")[1]
 
 
-def test_wiki_mha_is_a_multi_head_llama():
-    model, tokenizer = load_checkpoint("wiki-mha")
+def test_austen_mha_is_a_multi_head_llama():
+    model, tokenizer = load_checkpoint("austen-mha")
     config = model.config
     assert config.num_key_value_heads == config.num_attention_heads == 8 and config.tie_word_embeddings
     assert len(tokenizer) == config.vocab_size
@@ -76,7 +76,7 @@ def test_a_missing_tokenizer_library_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="requires the SentencePiece library .* a tokenizer, and the library that reads it"
     ):
-        load_checkpoint("wiki-mha")
+        load_checkpoint("austen-mha")
 
 
 def test_unknown_and_foreign_models_are_refused(tmp_path):
@@ -90,7 +90,7 @@ def test_unknown_and_foreign_models_are_refused(tmp_path):
 def test_a_folder_is_loaded(tmp_path):
     model = tiny_llama(vocab_size=4096, num_attention_heads=4, num_key_value_heads=2, head_dim=12)
     model.save_pretrained(tmp_path)
-    load_checkpoint("wiki-mha")[1].save_pretrained(tmp_path)
+    load_checkpoint("austen-mha")[1].save_pretrained(tmp_path)
     loaded, tokenizer = load_checkpoint(tmp_path)
     assert isinstance(tokenizer, PreTrainedTokenizerFast) and loaded.config.num_key_value_heads == 2
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
             load_checkpoint(tmp_path)
 
     refused("cannot be loaded .*: expected whole safetensors weights that fit config.json, a tokenizer, and the library")
-    load_checkpoint("wiki-mha")[1].save_pretrained(tmp_path)
+    load_checkpoint("austen-mha")[1].save_pretrained(tmp_path)
     load_checkpoint(tmp_path)
     save_file({name: whole[name] for name in whole if ".1.self_attn." not in name}, weights, {"format": "pt"})
     refused("lacks 4 weights that config.json asks for, the first is model.layers.1.self_attn.k_proj.weight")
@@ -136,7 +136,7 @@ def test_a_model_is_replaced_whole(fused, tmp_path):
 def test_a_checkpoint_keeps_its_dtype(blocks, tmp_path):
     model = tiny_llama(vocab_size=4096, num_attention_heads=6, num_key_value_heads=6, head_dim=8)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "source")
-    load_checkpoint("wiki-mha")[1].save_pretrained(tmp_path / "source")
+    load_checkpoint("austen-mha")[1].save_pretrained(tmp_path / "source")
     source, tokenizer = load_checkpoint(tmp_path / "source")
     assert source.dtype == torch.float32 and served_dtype(source) == torch.bfloat16
     own = bytes_per_token(source)
@@ -165,12 +165,12 @@ def test_a_folder_of_something_else_is_not_replaced(mha, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
     with pytest.raises(ValueError, match="thesis is there and holds other things than a llama checkpoint"):
-        save_checkpoint(mha, load_checkpoint("wiki-mha")[1], tmp_path / "thesis")
+        save_checkpoint(mha, load_checkpoint("austen-mha")[1], tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
 
 def test_a_source_is_not_replaced_by_what_is_made_of_it(mha, blocks, tmp_path):
-    tokenizer = load_checkpoint("wiki-mha")[1]
+    tokenizer = load_checkpoint("austen-mha")[1]
     save_checkpoint(mha, tokenizer, tmp_path / "model")
     fused = fuse(mha, half_plan(mha), blocks)
     with pytest.raises(ValueError, match="holds other things than a dha checkpoint: choose another folder"):
@@ -188,13 +188,13 @@ def test_a_source_is_not_replaced_by_what_is_made_of_it(mha, blocks, tmp_path):
     with pytest.raises(ValueError, match="holds other things than a llama checkpoint"):
         save_checkpoint(mha, tokenizer, tmp_path / "file")
     with pytest.raises(ValueError, match="the dtype must be one of float32, bfloat16, float16, not 'fp16'"):
-        load_checkpoint("wiki-mha", dtype="fp16")
+        load_checkpoint("austen-mha", dtype="fp16")
     assert LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").dtype == torch.float16
 
 
 def test_the_dtype_is_that_of_the_weights_where_the_config_has_none(tmp_path):
     model = tiny_llama(vocab_size=4096, num_attention_heads=4).to(torch.bfloat16)
-    save_checkpoint(model, load_checkpoint("wiki-mha")[1], tmp_path / "model")
+    save_checkpoint(model, load_checkpoint("austen-mha")[1], tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     write_whole(tmp_path / "model" / "config.json", json.dumps({k: v for k, v in config.items() if k != "dtype"}))
     loaded, _ = load_checkpoint(tmp_path / "model")

@@ -51,7 +51,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_checkpoint("wiki-mha")[1]
+    return load_checkpoint("austen-mha")[1]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from dha_utils.sources.text import SPLITS
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_checkpoint("wiki-mha")[1]
+    return load_checkpoint("austen-mha")[1]
 
 
 def test_wikipedia_splits_are_fixed_and_apart():
@@ -21,6 +22,16 @@ def test_wikipedia_splits_are_fixed_and_apart():
     assert splits["validation"][0].startswith("'''Anarchism''' is a political philosophy")
     assert len(set().union(*splits.values())) == 106
     assert not any("#redirect" in text[:20].lower() for texts in splits.values() for text in texts)
+
+
+def test_the_model_of_the_repository_has_a_split_of_its_own():
+    splits = {split: load_text("austen", split) for split in (*SPLITS, "pretraining")}
+    assert [len(texts) for texts in splits.values()] == [54, 27, 27, 161]
+    assert len(set().union(*splits.values())) == 269
+    assert splits["validation"][0].startswith("The family of Dashwood had long been settled in Sussex.")
+    assert load_text(Path("austen"), "train") == splits["train"]
+    with pytest.raises(ValueError, match="there is no split 'pretraining' of 'wikipedia': choose one of train"):
+        load_text("wikipedia", "pretraining")
 
 
 def test_blocks_do_not_overlap_and_a_sample_is_spread(tokenizer):
@@ -129,5 +140,5 @@ def test_bad_text_is_refused(tokenizer, tmp_path):
 
 
 def test_unknown_text_is_refused():
-    with pytest.raises(ValueError, match="cannot load text from 'no/such-text': expected 'wikipedia'"):
+    with pytest.raises(ValueError, match="cannot load text from 'no/such-text': expected 'wikipedia', 'austen'"):
         load_text("no/such-text")

@@ -1,0 +1,52 @@
+"""Lay out the pages of the site for mkdocs: README, executed notebooks, the API.
+
+make site       # runs this, and mkdocs on docs/mkdocs.yml
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import nbformat
+
+import dha_utils
+
+ROOT = Path(__file__).resolve().parents[1]
+CSS = """
+.md-grid { max-width: 82rem; }
+.jp-RenderedHTMLCommon table { font-size: 0.7rem; }
+"""
+
+
+def add_notebook(source, target):
+    """A copy of an executed notebook; what is folded in JupyterLab is left out, with its output kept."""
+    notebook = nbformat.read(source, as_version=4)
+    for cell in notebook.cells:
+        if cell.metadata.get("jupyter", {}).get("source_hidden"):
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "folded"]
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # a slider needs a kernel
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, target)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the run folder on the larger model, as `make run` leaves it")
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.out.exists():
+        shutil.rmtree(arguments.out)
+    for path in (ROOT / "notebooks").rglob("*.ipynb"):
+        add_notebook(path, arguments.out / path.relative_to(ROOT))
+    for path in sorted(arguments.run.glob("0*.ipynb")):
+        add_notebook(path, arguments.out / "larger" / path.name)
+    shutil.copytree(ROOT / "benchmarks" / "results", arguments.out / "benchmarks" / "results")
+    shutil.copy(ROOT / "README.md", arguments.out / "index.md")
+    (arguments.out / "site.css").write_text(CSS)
+    names = "\n".join(f"::: dha_utils.{name}\n" for name in dha_utils.__all__)
+    (arguments.out / "api.md").write_text(f"# What `from dha_utils import …` has\n\n{names}")
+
+
+if __name__ == "__main__":
+    main()

@@ -205,7 +205,7 @@ def test_weights_that_overflow_are_refused(blocks, tmp_path):
     model = tiny_llama(num_attention_heads=4)
     model.model.layers[1].input_layernorm.weight.data[0] = 1e5
     with pytest.raises(ValueError, match="layers.1.input_layernorm.weight is not finite in float16: choose float32 or"):
-        convert(model, blocks, tmp_path / "out", 0.5, dtype="float16", refit=False)
+        convert(model, blocks, tmp_path / "out", plan=HeadPlan.uniform(model.config, 2, 2), dtype="float16", refit=False)
 
 
 def test_a_finished_or_foreign_folder_is_not_touched(checkpoint, blocks, tmp_path):

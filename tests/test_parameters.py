@@ -23,13 +23,13 @@ def folder(tmp_path_factory):
     """A small checkpoint, a text, and things that are neither."""
     path = tmp_path_factory.mktemp("my models")  # with a space
     tokenizer = load_checkpoint("austen-mha")[1]
-    settings = {"vocab_size": 4096, "num_attention_heads": 4, "head_dim": 8, "hidden_size": 32}
+    settings = {"vocab_size": 512, "num_attention_heads": 4, "head_dim": 8, "hidden_size": 32}
     source = tiny_llama(**settings, num_key_value_heads=4)
     save_checkpoint(source, tokenizer, path / "source")
     save_checkpoint(tiny_llama(1, **settings, num_key_value_heads=4), tokenizer, path / "other")
     save_checkpoint(fuse(source, HeadPlan.uniform(source.config, 2, 2), method="mean"), tokenizer, path / "fused")
     (path / "text.txt").write_text("\n\n".join(f"Paragraph {i} says something else. " * 9 for i in range(90)))
-    (path / "short.txt").write_text("\n\n".join(f"Paragraph {i}, not much." for i in range(40)))
+    (path / "short.txt").write_text("\n\n".join(f"No {i}." for i in range(40)))
     (path / "thesis").mkdir()
     (path / "thesis" / "chapter.txt").write_text("years of work")
     return path

@@ -147,7 +147,15 @@ def head_grid(heads):
 
 
 def interpolated(prices, grid, heads):
-    """Prices [layers, 2, grid] for every number of heads [layers, 2, heads], all of them costing nothing."""
+    """Prices [layers, 2, grid] for every number of heads [layers, 2, heads], all of them costing nothing.
+
+    Raises ValueError if one is not finite.
+    """
+    if not prices.isfinite().all():
+        layers = (~prices.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        raise ValueError(
+            f"the cost of sharing heads is not finite in layers {layers}: the model overflows on this text; give a plan"
+        )
     if not grid:
         return torch.zeros(*prices.shape[:2], heads)
     ends = torch.cat([prices, torch.zeros_like(prices[..., :1])], -1)

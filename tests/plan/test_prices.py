@@ -104,6 +104,13 @@ def test_many_heads_are_priced_on_a_grid_and_between():
     assert (prices[..., -1] == 0).all()
 
 
+def test_prices_that_overflow_are_refused():
+    prices = torch.ones(3, 2, 6)
+    prices[1, 0, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"not finite in layers \[1\]: the model overflows on this text; give a plan"):
+        interpolated(prices, head_grid(32), 32)
+
+
 def test_prices_are_not_measured_on_a_model_that_is_not_there(blocks):
     model, _ = open_checkpoint("austen-mha", "cpu")
     with pytest.raises(ValueError, match="cannot be measured on a model that is read a layer at a time"):

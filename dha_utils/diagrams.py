@@ -10,12 +10,13 @@ from .plots import COLORS, KIND_COLORS
 def turned_plane(first, second, turn, title):
     """The keys of two heads in one RoPE plane, complex [tokens] each, as they are and with the second times `turn`."""
     figure, axes = plt.subplots(1, 2, figsize=(8.5, 4.2), sharex=True, sharey=True, layout="constrained")
+    reach = 1.1 * float(max(keys.abs().max() for keys in (first, second, second * turn)))
     for axis, factor, name in zip(axes, (1, turn), ("as they are", "second head turned and scaled")):
         for keys, color, marker, label in ((first, 0, "o", "first head"), (second * factor, 1, "^", "second head")):
             axis.scatter(keys.real.cpu(), keys.imag.cpu(), s=10, alpha=0.4, color=COLORS[color], marker=marker, label=label)
         axis.axhline(0, color="0.6", linewidth=1)
         axis.axvline(0, color="0.6", linewidth=1)
-        axis.set(title=name, xlabel="number p of the key", aspect="equal")
+        axis.set(title=name, xlabel="number p of the key", aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
     axes[0].set_ylabel("number p + d/2 of the key")
     axes[0].legend()
     figure.suptitle(title)

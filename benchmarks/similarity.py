@@ -76,12 +76,11 @@ def mean_divergence(predictions, reference):
 
 
 @torch.no_grad()
-def measured_costs(model, fitted, held_out):
+def measured_costs(model, energies, held_out):
     """For every (layer, kind, i, j) what it costs that the pair shares a head, in nats a token: a dictionary of columns.
 
     `rise` of the LM loss, with its `standard_error` over blocks, and the `divergence` from the source's predictions.
     """
-    energies = head_energies(model, fitted)
     inputs, reference = layer_inputs(model, held_out), list(log_probabilities(model, held_out))
     base = block_losses(reference, held_out[:, 1:])
     heads = model.config.num_key_value_heads
@@ -132,7 +131,7 @@ def main():
         | {"energy_lost": lost[kind][layer]((i, j))[0]}
         | cost
         | {"tokens": scored_tokens(held_out), "text": arguments.text}
-        for (layer, kind, i, j), cost in measured_costs(model, fitted, held_out).items()
+        for (layer, kind, i, j), cost in measured_costs(model, energies, held_out).items()
     ]
     write_whole(arguments.out, pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
 

@@ -157,6 +157,7 @@ def _wikipedia():
     return [text for text in tidy if text]
 
 
+@lru_cache(maxsize=1)
 def _austen():
     """Chapters of six novels by Jane Austen (`data/pack_austen.py`)."""
     with bz2.open(ROOT / "data" / "austen.jsonl.bz2", "rt", encoding="utf-8") as file:

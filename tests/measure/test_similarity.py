@@ -7,6 +7,7 @@ from conftest import SHAPES, tiny_llama
 from similarity import cosine, measured_costs, omega_similarity
 
 from dha_utils import plant_redundancy
+from dha_utils.measure.energies import head_energies
 from dha_utils.measure.similarity import MEASURES, rank_agreement
 from dha_utils.paper.linear import with_omega
 from dha_utils.paper.search import omega_scores
@@ -25,7 +26,7 @@ def test_rank_agreement_is_minus_spearmans():
 
 def test_copies_cost_nothing_and_strangers_something(blocks):
     planted = plant_redundancy(tiny_llama(**SHAPES["gqa"]))
-    costs = measured_costs(planted, blocks[0::2], blocks[1::2])
+    costs = measured_costs(planted, head_energies(planted, blocks[0::2]), blocks[1::2])
     assert len(costs) == 3 * 2 * 15
     for (_, _, i, j), cost in costs.items():
         copies = i // 2 == j // 2

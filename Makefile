@@ -85,6 +85,7 @@ sweep:
 # README, the notebooks as executed on the tutorial model and in $(DIR), the studies and the API, into runs/site/html
 site: run
 	$(BIN)/pip install -q -c constraints.txt -e .[site]
+	$(BIN)/pip install -q --no-deps sphinx-mathjax-offline==0.0.2
 	$(BIN)/papermill -r model "$(MODEL)" -p budget "$(BUDGET)" notebooks/00_start_here.ipynb $(DIR)/00_start_here.ipynb
 	$(BIN)/python docs/pages.py $(DIR) runs/site/docs
 	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml

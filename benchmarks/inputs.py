@@ -11,14 +11,15 @@ def add_inputs(parser, model, study):
     parser.add_argument("--model", default=model)
     parser.add_argument("--text", help="default: austen for austen-mha, else wikipedia")
     parser.add_argument("--out", type=Path, help=f"default: results/{study}_MODEL.csv beside this script")
+    parser.set_defaults(study=study)
 
 
-def parsed(parser, study):
+def parsed(parser):
     """The arguments of the command line, `text` and `out` filled in; another text than the model's own names the file."""
     arguments = parser.parse_args()
     name = Path(arguments.model).name
     own = OWN_TEXT.get(name, "wikipedia")
     arguments.text = arguments.text or own
     other = "" if arguments.text == own else f"_{Path(arguments.text).stem}"
-    arguments.out = arguments.out or RESULTS / f"{study}_{name}{other}.csv"
+    arguments.out = arguments.out or RESULTS / f"{arguments.study}_{name}{other}.csv"
     return arguments

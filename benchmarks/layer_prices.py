@@ -28,7 +28,7 @@ def parse_arguments():
     add_inputs(parser, "austen-mha", "layer_prices")
     parser.add_argument("--blocks", type=int, default=48, help="calibration blocks")
     parser.add_argument("--length", type=int, default=256, help="tokens per block")
-    return parsed(parser, "layer_prices")
+    return parsed(parser)
 
 
 class StreamError(PriceWalk):

@@ -60,7 +60,7 @@ def parse_arguments():
     parser.add_argument("--calibration-blocks", type=int, default=16, help="for CKA on text and for spectral fusion")
     parser.add_argument("--validation-blocks", type=int, default=64)
     parser.add_argument("--device", default="cpu")
-    return parsed(parser, "paper_claims")
+    return parsed(parser)
 
 
 class Study:

@@ -59,7 +59,7 @@ def parse_arguments():
     parser.add_argument("--calibration-blocks", type=int, default=128)
     parser.add_argument("--validation-blocks", type=int, default=8)
     parser.add_argument("--device", default="cpu")
-    return parsed(parser, "recovery")
+    return parsed(parser)
 
 
 def start_model(run, source, tokenizer, calibration):

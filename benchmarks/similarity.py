@@ -34,7 +34,7 @@ def parse_arguments():
     parser.add_argument("--blocks", type=int, default=64, help="calibration blocks, half to fuse, half to measure")
     parser.add_argument("--search-steps", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
-    return parsed(parser, "similarity")
+    return parsed(parser)
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def parse_arguments():
     parser.add_argument("--validation-blocks", type=int, default=8)
     parser.add_argument("--refit", nargs="+", choices=list(REFITS), default=[], help="also fit to the source")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration draws")
-    return parsed(parser, "training_free")
+    return parsed(parser)
 
 
 def methods(source, calibration, refits):

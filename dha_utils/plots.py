@@ -1,8 +1,9 @@
-"""The charts of notebooks 01-05. Each function draws one figure and returns it; the table behind it is the notebook's."""
+"""The charts of notebooks 01-05. Each function draws one figure, for `show`; the table behind it is the notebook's."""
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from IPython.display import display
 from scipy.cluster.hierarchy import dendrogram, linkage
 from scipy.spatial.distance import squareform
 
@@ -11,6 +12,12 @@ from .measure.similarity import pair_distance
 sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
 COLORS = sns.color_palette("colorblind")
 KIND_COLORS = {"query": COLORS[7], "key": COLORS[0], "value": COLORS[1]}
+
+
+def show(figure):
+    """Show a chart at once, above what its cell ends with: Jupyter shows the figures that are left open last of all."""
+    display(figure)
+    plt.close(figure)
 
 
 def plain_log(axis):

@@ -137,7 +137,7 @@ def rows_with(path, values):
     """The rows of a CSV with these values, {column: value}, as `append_rows` writes them."""
     rows = read_rows(path)
     written = {name: float(f"{value:{DIGITS}}") if isinstance(value, float) else value for name, value in values.items()}
-    return rows[(rows[list(values)] == pd.Series(written)).all(axis=1)] if len(rows) else rows
+    return rows[(rows.reindex(columns=list(values)) == pd.Series(written)).all(axis=1)] if len(rows) else rows
 
 
 def has_row(path, values):

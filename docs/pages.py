@@ -5,6 +5,7 @@ make site       # runs this, and mkdocs on docs/mkdocs.yml
 
 import argparse
 import shutil
+from importlib.metadata import distribution
 from pathlib import Path
 
 import nbformat
@@ -16,6 +17,7 @@ CSS = """
 .md-grid { max-width: 82rem; }
 .jp-RenderedHTMLCommon table { font-size: 0.7rem; }
 """
+MATHJAX = 'window.MathJax = { tex: { inlineMath: [["$", "$"], ["\\\\(", "\\\\)"]] } };\n'
 
 
 def add_notebook(source, target):
@@ -44,6 +46,12 @@ def main():
     shutil.copytree(ROOT / "benchmarks" / "results", arguments.out / "benchmarks" / "results")
     shutil.copy(ROOT / "README.md", arguments.out / "index.md")
     (arguments.out / "site.css").write_text(CSS)
+    # Formulas without the network: MathJax as a package of the registry has it
+    package = distribution("sphinx-mathjax-offline").locate_file("sphinx-mathjax-offline/static/mathjax")
+    (arguments.out / "mathjax").mkdir()
+    (arguments.out / "mathjax" / "settings.js").write_text(MATHJAX)
+    shutil.copy(package / "tex-chtml.js", arguments.out / "mathjax")
+    shutil.copytree(package / "output", arguments.out / "mathjax" / "output")
     names = "\n".join(f"::: dha_utils.{name}\n" for name in dha_utils.__all__)
     (arguments.out / "api.md").write_text(f"# What `from dha_utils import …` has\n\n{names}")
 

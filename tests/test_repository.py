@@ -51,6 +51,8 @@ def test_every_chart_has_its_table(path):
     assert charts, "a notebook shows what it found"
     for cell in charts:
         assert shows(cell, "text/html"), f"a chart without a table:\n{cell.source}"
+        kinds = [kind for output in cell.outputs for kind in output.get("data", {}) if kind in ("image/png", "text/html")]
+        assert kinds[0] == "image/png", f"a table above its chart:\n{cell.source}"
 
 
 @pytest.mark.parametrize("path", PIPELINE, ids=lambda path: path.stem)

@@ -50,6 +50,7 @@ def test_a_measured_row_is_found_again(tmp_path):
     append_rows(path, [run | {"perplexity": 23.456789}])
     assert has_row(path, run) and rows_with(path, run)["perplexity"].tolist() == [23.4568]
     assert not has_row(path, run | {"seed": 2}) and not has_row(path, run | {"budget": 0.333})
+    assert not has_row(path, run | {"memory_gib": 2.0}), "a column that no row has yet"
 
 
 def test_rows_without_seconds_leave_those_of_others_as_they_were(tmp_path):

@@ -15,23 +15,25 @@ METRICS = ("weight_cka", "activation_cka", "spectral")
 
 
 @torch.no_grad()
-def head_similarity(model, blocks=None, metric="weight_cka"):
+def head_similarity(model, blocks=None, metric="weight_cka", moments=None):
     """Similarity of every two heads of a layer: {"query": [layers, H, H], "key": [layers, H_kv, H_kv], "value": same}.
 
     `"weight_cka"`: linear CKA of the weights, as in the paper (B.1). `"activation_cka"`: linear CKA of the outputs
     of the heads on `blocks`, centred (Kornblith et al. 2019). `"spectral"`: the share of energy that is kept if the two
     heads are fused into one, gauge freedoms used (`energies.py`); without "query", which is not fused. All are 1 on the
     diagonal, and at least 0; a head that is zero, as after pruning, is like no other by CKA, and free to fuse.
+    `moments`: those that `collect_moments` gives for the blocks, if they are at hand.
 
-    Raises ValueError if the metric is unknown, or needs calibration tokens and `blocks` is None, or for a DHA model.
+    Raises ValueError if the metric is unknown, or needs calibration tokens and there are none, or for a DHA model.
     """
     check_source(model)
     if metric not in METRICS:
         raise ValueError(f"there is no metric {metric!r}: choose one of {', '.join(METRICS)}")
-    if blocks is None and metric != "weight_cka":
+    if metric == "weight_cka":
+        moments = [None] * len(model.model.layers)
+    elif moments is None and blocks is None:
         raise ValueError(f"the metric {metric!r} needs calibration text: pass blocks=token_blocks(tokenizer, texts)")
-    attentions = [layer.self_attn for layer in model.model.layers]
-    moments = [None] * len(attentions) if metric == "weight_cka" else collect_moments(model, blocks)
+    attentions, moments = [layer.self_attn for layer in model.model.layers], moments or collect_moments(model, blocks)
     if metric == "spectral":
         layers = [
             _spectral_similarity(HeadEnergies.measure(attention, model.model.rotary_emb, its_moments))
@@ -64,12 +66,12 @@ def planted_distances(similarities, copies):
     return pd.concat(tables, ignore_index=True)
 
 
-def planted_contrast(similarities, copies):
-    """How well yardsticks tell planted copies from strangers: a table of `planted_distances`, per metric and kind.
+def planted_contrast(distances):
+    """How well yardsticks tell planted copies from strangers, per metric and kind: a table of `planted_distances`.
 
     If all are copies of one, there are no strangers: NaN, and None for "told apart".
     """
-    grouped = planted_distances(similarities, copies).groupby(["metric", "heads", "pair"], sort=False)["distance"]
+    grouped = distances.groupby(["metric", "heads", "pair"], sort=False)["distance"]
     figures = grouped.agg(["min", "mean", "max"]).unstack("pair").reindex(columns=["copies", "strangers"], level="pair")
     least = figures.get(("min", "strangers"), pd.Series(math.nan, figures.index))
     return pd.DataFrame(

@@ -20,5 +20,5 @@ def test_a_text_that_is_not_the_models_own_names_the_file(words, text, file, mon
     monkeypatch.setattr("sys.argv", ["study.py", *words])
     parser = argparse.ArgumentParser()
     add_inputs(parser, "austen-mha", "study")
-    arguments = parsed(parser, "study")
+    arguments = parsed(parser)
     assert (arguments.text, arguments.out) == (text, RESULTS / file)

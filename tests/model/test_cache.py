@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_dha import dha
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, QuantizedCache, StaticCache
 from transformers.masking_utils import flash_attention_mask
 
 from dha_utils.model.cache import DhaStaticCache
@@ -79,3 +79,17 @@ def test_a_mask_of_whole_numbers_is_one_of_booleans(blocks):
         model(blocks[:1, :6], past_key_values=cache)
         found.append(model(blocks[:1, 6:9], attention_mask=mask[:, :, 6:].to(kind), past_key_values=cache).logits)
     assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_a_quantised_cache_holds_unequal_counts(blocks):
+    """Keys and values in eight bits: the logits move a little, and the bytes are a quarter of float32's."""
+    model, logits = dha(), []
+    for cache in (DynamicCache(), QuantizedCache("fp8", model.config)):
+        model(blocks[:2, :9], past_key_values=cache)
+        logits += [model(blocks[:2, 9:10], past_key_values=cache).logits]
+    moved = (logits[1] - logits[0]).norm() / logits[0].norm()
+    assert 0 < moved < 0.1
+    for layer, counts in zip(cache.layers, model.config.head_counts()):
+        for states, count in zip((layer._quantized_keys, layer._quantized_values), counts):
+            assert states[0].element_size() == 1 and states[0].shape[1] == count

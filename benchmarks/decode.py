@@ -1,0 +1,177 @@
+"""The seconds of decoding: source, GQA, DHA and a low-rank cache of the same size, over contexts and batches.
+
+    python benchmarks/decode.py                                     # a CPU, float32; 20 minutes on two cores
+    python benchmarks/decode.py --part generate --shape Llama-3.2-1B --layers 4 --dtype bfloat16 --cases 8x4096
+    python benchmarks/decode.py --device cuda --dtype bfloat16 --part throughput --shape LLaMA-2-7B --budgets 0.25 \
+        --memory-gib 80 --context 8192
+
+Three parts. *attention*: the attention of one layer from one new token to the cache, projections left out; source and GQA
+by transformers' SDPA. *generate*: tokens of `generate` on a whole model over a `DynamicCache`, per token. *throughput*: the
+same with the largest batch of which weights and cache fit into --memory-gib, and the peak memory of a process that does
+nothing else. Weights, cache and tokens are random: their values do not matter here, and the length of what is generated is
+fixed. GQA is left out where it has no whole number of heads. All of a case are timed in turn in one process; cases that
+the CSV has are not timed again.
+"""
+
+import argparse
+import resource
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+
+import torch
+from low_rank import LowRankAttention
+from speed import add_arguments, measure, shape_config, versions
+from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from dha_utils.model.dha import DhaAttention
+
+PARTS = ("attention", "generate", "throughput")
+
+
+def size(text):
+    """(batch, context) of "8x4096"."""
+    batch, context = map(int, text.split("x"))
+    return batch, context
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, "decode")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--shape", help="default: LLaMA-2-7B and Llama-3-8B for a layer, SmolLM2-135M for a whole model")
+    parser.add_argument("--layers", type=int, help="of a whole model, if not all")
+    parser.add_argument("--budgets", type=float, nargs="+", help="default: 0.25 and 0.5; of SmolLM2-135M 1/3 and 0.5")
+    parser.add_argument("--cases", type=size, nargs="+", help="BATCHxCONTEXT, 8x4096")
+    parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument("--context", type=int, default=4096, help="of throughput")
+    parser.add_argument("--memory-gib", type=float, default=2.0, help="of throughput")
+    return parser.parse_args()
+
+
+def random_cache(model, batch, context):
+    """A `DynamicCache` with random numbers for `context` tokens; each layer has the shape that the model fills it in."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model.model(torch.zeros(batch, 1, dtype=torch.long, device=model.device), past_key_values=cache)
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            states = getattr(layer, name)
+            setattr(layer, name, torch.randn(*states.shape[:2], context, states.shape[3]).to(states))
+    return cache
+
+
+def numbers(cache):
+    return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+
+
+def attention_step(model, batch, context):
+    """(the attention of the first layer from one token to `context` cached ones, {column: value})."""
+    attention, cache = model.model.layers[0].self_attn, random_cache(model, batch, context)
+    heads, d = model.config.num_attention_heads, model.config.head_dim
+    query, key, value = (
+        torch.randn(batch, heads, 1, d).to(model.lm_head.weight),
+        cache.layers[0].keys,
+        cache.layers[0].values,
+    )
+    said = {"cache_bytes": numbers(cache) * model.dtype.itemsize, "weight_bytes": 0, "rebuilt_bytes": 0}
+    if isinstance(attention, DhaAttention):
+        return partial(attention._decode, query, key, value, None), said
+    if isinstance(attention, LowRankAttention):
+        rebuilt = batch * context * model.config.num_key_value_heads * d * model.dtype.itemsize
+        return partial(attention.decode, query, key[:, 0]), said | {"rebuilt_bytes": rebuilt}
+    attend = partial(sdpa_attention_forward, attention, query, key, value, None, scaling=attention.scaling, is_causal=False)
+    return attend, said
+
+
+def generate_step(model, batch, context, new_tokens):
+    """(`generate` of `new_tokens` over a cache of `context`, {column: value})."""
+    cache = random_cache(model, batch, context)
+    tokens = torch.zeros(batch, context + 1, dtype=torch.long, device=model.device)
+    how = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False, "past_key_values": cache}
+    said = {"cache_bytes": numbers(cache) * model.dtype.itemsize, "weight_bytes": weight_bytes(model), "batch": batch}
+    if isinstance(model.model.layers[0].self_attn, LowRankAttention):
+        config = model.config
+        width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        said["rebuilt_bytes"] = batch * context * width * model.dtype.itemsize
+
+    def step():
+        cache.crop(context - cache.get_seq_length())
+        model.generate(tokens, attention_mask=torch.ones_like(tokens), **how)
+
+    return step, {"rebuilt_bytes": 0, "new_tokens": new_tokens} | said
+
+
+def weight_bytes(model):
+    """Bytes of the weights that a step reads: all but the embeddings, of which it reads a row."""
+    return sum(w.numel() * w.element_size() for w in {*model.model.layers.parameters(), model.lm_head.weight})
+
+
+def attention_case(arguments, shape, budget, batch, context):
+    small = {"num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 32}
+    models = versions(shape_config(shape, **small), budget, arguments.device, arguments.dtype)
+    return {name: attention_step(make(), batch, context) for name, make in models.items()}
+
+
+def whole_models(arguments, shape, budget):
+    layers = {"num_hidden_layers": arguments.layers} if arguments.layers else {}
+    return versions(shape_config(shape, **layers), budget, arguments.device, arguments.dtype)
+
+
+def generate_case(arguments, shape, budget, batch, context):
+    models = whole_models(arguments, shape, budget)
+    return {name: generate_step(make(), batch, context, arguments.new_tokens) for name, make in models.items()}
+
+
+def throughput_case(arguments, shape, budget, context):
+    """Each with its own largest batch; one that does not even hold one sequence is left out."""
+    steps = {}
+    for name, make in whole_models(arguments, shape, budget).items():
+        model = make()
+        one = numbers(random_cache(model, 1, context)) * model.dtype.itemsize
+        resident = sum(w.numel() * w.element_size() for w in model.parameters())
+        if batch := int((arguments.memory_gib * 2**30 - resident) // one):
+            with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+                peak = alone.submit(peak_gib, arguments, shape, budget, name, batch, context).result()
+            step, said = generate_step(model, batch, context, arguments.new_tokens)
+            steps[name] = step, said | {"peak_gib": peak}
+    return steps
+
+
+def peak_gib(arguments, shape, budget, method, batch, context):
+    """The peak memory of decoding, of this process; on a GPU of its allocator."""
+    torch.set_num_threads(arguments.threads)
+    with torch.no_grad():
+        generate_step(whole_models(arguments, shape, budget)[method](), batch, context, arguments.new_tokens)[0]()
+    if arguments.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main():
+    arguments = parse_arguments()
+    whole = arguments.shape or "SmolLM2-135M"
+    layers = {"layers": arguments.layers or shape_config(whole).num_hidden_layers}
+    if "attention" in arguments.part:
+        shapes = [arguments.shape] if arguments.shape else ["LLaMA-2-7B", "Llama-3-8B"]
+        sizes = arguments.cases or [(1, 512), (1, 4096), (1, 16384), (8, 512), (8, 4096), (32, 1024)]
+        for shape, budget, (batch, context) in product(shapes, arguments.budgets or [0.25, 0.5], sizes):
+            case = {"part": "attention", "shape": shape, "layers": 1}
+            case |= {"budget": budget, "batch": batch, "context": context}
+            measure(arguments, case, partial(attention_case, arguments, shape, budget, batch, context))
+    for budget in arguments.budgets or ([1 / 3, 0.5] if whole == "SmolLM2-135M" else [0.25, 0.5]):
+        if "generate" in arguments.part:
+            for batch, context in arguments.cases or [(1, 512), (1, 4096), (8, 4096)]:
+                case = {"part": "generate", "shape": whole} | layers
+                case |= {"budget": budget, "batch": batch, "context": context}
+                measure(arguments, case, partial(generate_case, arguments, whole, budget, batch, context))
+        if "throughput" in arguments.part:
+            case = {"part": "throughput", "shape": whole} | layers
+            case |= {"budget": budget, "context": arguments.context, "memory_gib": arguments.memory_gib}
+            measure(arguments, case, partial(throughput_case, arguments, whole, budget, arguments.context))
+
+
+if __name__ == "__main__":
+    main()

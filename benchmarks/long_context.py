@@ -1,0 +1,124 @@
+"""Where fewer heads may hurt first: late positions, copying, a needle in a long text; before and after recovery.
+
+    python benchmarks/long_context.py                       # smollm2-135m at 67, 50 and 33 %; three hours on one core
+
+For the source, and for DHA at each budget, refitted and then trained on the source's logits (`recovery.py`'s way):
+*position*: the LM loss by place in texts as long as the checkpoint's context; *copy*: the loss on the second half of a
+passage that is repeated after `place` tokens; *needle*: the loss on a number of five digits that is asked for at the end of
+a text which has named it at `place`, a share of its length. A row a block of text (position) or draw (copy, needle); the
+same texts for all models. Rows that the CSV already has are not measured again.
+"""
+
+import argparse
+from functools import partial
+
+import torch
+from inputs import add_inputs, parsed
+from recovery import RUNS, start_model
+from tqdm import tqdm
+
+from dha_utils import load_checkpoint, load_text, pretrain, token_blocks
+from dha_utils.measure.perplexity import token_losses
+from dha_utils.runs import append_rows, has_row
+from dha_utils.sources.text import drawn
+
+EDGES = [1, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384]  # of the positions that a row is the mean of
+LAGS = [64, 256, 1024]
+DEPTHS = [0.1, 0.5, 0.9]
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_inputs(parser, "smollm2-135m", "long_context")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[2 / 3, 0.5, 1 / 3])
+    parser.add_argument("--calibration-blocks", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512, help="tokens a block of calibration and training")
+    parser.add_argument("--tokens", type=int, default=40960, help="of the recovery")
+    parser.add_argument("--texts", type=int, default=3, help="as long as the context")
+    parser.add_argument("--draws", type=int, default=8, help="of copies and needles")
+    parser.add_argument("--needle-length", type=int, default=2048)
+    parser.add_argument("--device", default="cpu")
+    return parsed(parser)
+
+
+def by_position(model, blocks):
+    """One row a block [length] and span of positions: the mean loss of the tokens there."""
+    rows = []
+    for text, losses in enumerate(token_losses(model, block[None])[0] for block in blocks):
+        for low, high in zip(EDGES, EDGES[1:]):
+            if low <= len(losses):
+                rows.append(
+                    {"task": "position", "place": low, "text": text, "loss": losses[low - 1 : high - 1].mean().item()}
+                )
+    return rows
+
+
+def by_copy(model, blocks):
+    """The loss on a passage [n] of text that the model has read n tokens before."""
+    rows = []
+    for lag in LAGS:
+        for text, block in enumerate(blocks):
+            losses = token_losses(model, block[:lag].repeat(2)[None])[0]
+            rows.append({"task": "copy", "place": lag, "text": text, "loss": losses[lag:].mean().item()})
+    return rows
+
+
+def by_needle(model, tokenizer, blocks):
+    """The loss on a number named at some depth of a text, asked for at its end; as often as there are `blocks`."""
+    rows, random = [], torch.Generator().manual_seed(0)
+    for text, block in enumerate(blocks):
+        number = str(torch.randint(10000, 100000, (1,), generator=random).item())
+        needle, question = (
+            tokenizer(said, add_special_tokens=False, return_tensors="pt").input_ids[0]
+            for said in (
+                f" The secret number is {number}. Remember it.",
+                f" What is the secret number? The secret number is {number}",
+            )
+        )
+        asked = len(tokenizer(f" {number}", add_special_tokens=False).input_ids)
+        for depth in DEPTHS:
+            before = int(depth * len(block))
+            whole = torch.cat([block[:before], needle, block[before:], question])
+            losses = token_losses(model, whole[None])[0]
+            rows.append({"task": "needle", "place": depth, "text": text, "loss": losses[-asked:].mean().item()})
+    return rows
+
+
+def models(arguments, source, tokenizer, training):
+    """Yields ({budget, stage}, function that makes the model); a start is made once, a recovery resumes."""
+    yield {"budget": 1.0, "stage": "source"}, lambda: source
+    for budget in arguments.budgets:
+        run = {
+            "model": source.config.name_or_path,
+            "text": arguments.text,
+            "start": "refitted",
+            "budget": budget,
+            "seed": 0,
+        }
+        run["calibration_tokens"] = arguments.calibration_blocks * arguments.length
+        start = partial(start_model, run, source, tokenizer, drawn(training, arguments.calibration_blocks, 0))
+
+        def recovered(start=start, budget=budget):
+            folder = RUNS / f"long-{arguments.model}-{budget:.4g}-{arguments.tokens}"
+            return pretrain(start(), training, arguments.tokens, source, learning_rate=2e-4, output_dir=folder)
+
+        yield {"budget": round(budget, 4), "stage": "refitted"}, start
+        yield {"budget": round(budget, 4), "stage": "recovered"}, recovered
+
+
+def main():
+    arguments = parse_arguments()
+    source, tokenizer = load_checkpoint(arguments.model, device=arguments.device)
+    training = token_blocks(tokenizer, load_text(arguments.text, "train"), arguments.length)
+    unseen = partial(token_blocks, tokenizer, load_text(arguments.text, "validation"))
+    long, short = unseen(source.config.max_position_embeddings, arguments.texts), unseen(max(LAGS), arguments.draws)
+    hay = unseen(arguments.needle_length, arguments.draws)
+    for named, make in tqdm(list(models(arguments, source, tokenizer, training)), "models"):
+        if not has_row(arguments.out, named):
+            model = make()
+            rows = by_position(model, long) + by_copy(model, short) + by_needle(model, tokenizer, hay)
+            append_rows(arguments.out, [{"model": arguments.model, "text": arguments.text, **named, **row} for row in rows])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What `decode.py` and `prefill.py` share: random models of published shapes, DHA and its rivals, timed in turn."""
+
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from low_rank import LowRankAttention
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dha_utils.model.config import DhaConfig
+from dha_utils.model.dha import DhaForCausalLM
+from dha_utils.runs import append_rows, has_row
+from dha_utils.sources.precision import as_dtype, cast_weights, dtype_name
+
+SHAPES = {  # published: arXiv 2307.09288 (LLaMA-2), 2407.21783 (Llama 3), 2502.02737 (SmolLM2)
+    "SmolLM2-135M": (30, 576, 9, 3, 1536, 49152),
+    "Llama-3.2-1B": (16, 2048, 32, 8, 8192, 128256),
+    "LLaMA-2-7B": (32, 4096, 32, 32, 11008, 32000),
+    "Llama-3-8B": (32, 4096, 32, 8, 14336, 128256),
+}
+FIELDS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+
+
+def add_arguments(parser, study):
+    """The arguments that both scripts have."""
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", type=as_dtype, default=torch.float32)
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{study}.csv")
+
+
+def shape_config(name, **changes):
+    """The `LlamaConfig` of a shape, with `changes` (num_hidden_layers=1 for a single layer)."""
+    return LlamaConfig(**dict(zip(FIELDS, SHAPES[name])) | {"max_position_embeddings": 2**17} | changes)
+
+
+def uneven_maps(config, budget, seed=0):
+    """(key_head_map, value_head_map) for each layer: random, ragged, nearly two key heads to a value head."""
+    random, kept = torch.Generator().manual_seed(seed), round(2 * config.num_key_value_heads * budget)
+    keys = min(config.num_key_value_heads, max(1, round(0.6 * kept)))
+    each, maps = config.num_attention_heads // config.num_key_value_heads, ([], [])
+    for _ in range(config.num_hidden_layers):
+        for layers, count in zip(maps, (keys, kept - keys)):
+            spare = torch.randint(count, (config.num_key_value_heads - count,), generator=random)
+            groups = torch.cat([torch.arange(count), spare])
+            groups = groups[torch.randperm(len(groups), generator=random)]
+            layers.append(groups.repeat_interleave(each).tolist())
+    return maps
+
+
+def versions(config, budget, device="cpu", dtype=torch.float32):
+    """{method: function that makes its model}, weights random. GQA needs a whole number of heads at this budget."""
+    kept = 2 * config.num_key_value_heads * budget
+    if abs(kept - round(kept)) > 1e-6:
+        raise ValueError(
+            f"{budget:.3g} of {2 * config.num_key_value_heads} key and value heads a layer is {kept:.3g} heads"
+        )
+    fields, rank = config.to_dict(), round(kept) * config.head_dim
+    key_map, value_map = uneven_maps(config, budget)
+
+    def low_rank():
+        model = LlamaForCausalLM(config)
+        for index, layer in enumerate(model.model.layers):
+            layer.self_attn = LowRankAttention(config, index, rank)
+        return model
+
+    made = {
+        "source": partial(LlamaForCausalLM, config),
+        "GQA": lambda: LlamaForCausalLM(LlamaConfig(**fields | {"num_key_value_heads": round(kept) // 2})),
+        "DHA": lambda: DhaForCausalLM(DhaConfig(**fields, key_head_map=key_map, value_head_map=value_map)),
+        "low rank": low_rank,
+    }
+    if round(kept) % 2 or config.num_attention_heads % (round(kept) // 2):
+        del made["GQA"]
+
+    def ready(make):
+        return cast_weights(make().eval().to(device), dtype)
+
+    return {name: partial(ready, make) for name, make in made.items()}
+
+
+def seconds_of(step, device):
+    start = time.perf_counter()
+    step()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def measure(arguments, case, make):
+    """Append a row per method of one `case` ({column: value}), unless the CSV has it: median and quartiles of `seconds`.
+
+    `make()`: {method: (step, {column: value})}, the function to time and what else its row says. The methods take turns;
+    the first turn is not counted.
+    """
+    dtype = dtype_name(arguments.dtype)
+    case = case | {"device": arguments.device, "dtype": dtype, "threads": arguments.threads}
+    if has_row(arguments.out, case):
+        return
+    torch.set_num_threads(arguments.threads)
+    made = make()
+    turns = [
+        [seconds_of(step, arguments.device) for step, _ in made.values()]
+        for _ in tqdm(range(arguments.repeats + 1), ", ".join(map(str, case.values())), leave=False)
+    ]
+    quartiles = np.quantile(turns[1:], [0.25, 0.5, 0.75], axis=0).T
+    append_rows(
+        arguments.out,
+        [
+            case | {"method": name} | said | dict(zip(("low", "seconds", "high"), measured))
+            for (name, (_, said)), measured in zip(made.items(), quartiles)
+        ],
+    )

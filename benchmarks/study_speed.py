@@ -1,0 +1,75 @@
+"""Tables and charts of `notebooks/studies/speed_and_memory`: what decoding costs, measured and predicted from bytes."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from dha_utils.plots import COLORS, plain_log
+
+CASE = ["part", "shape", "layers", "dtype", "device", "budget", "batch", "context"]
+METHODS = ["GQA", "DHA", "low rank"]
+
+
+def moved_bytes(rows):
+    """Bytes that one step moves, at least: the weights and the cache are read; `generate` also copies the cache, to which
+    a `DynamicCache` appends by writing it anew; keys that are rebuilt are written and read."""
+    copies = rows["part"].eq("attention").map({True: 1, False: 3})
+    return rows["weight_bytes"] + copies * rows["cache_bytes"] + 2 * rows["rebuilt_bytes"]
+
+
+def speedups(rows):
+    """How many times as fast as the source each method takes the step of each case: measured, quartiles, predicted.
+
+    The quartiles are those of the method's own seconds, against the source's median.
+    """
+    rows = rows[rows["part"] != "throughput"].assign(moved=moved_bytes(rows))
+    source = rows[rows["method"] == "source"].set_index(CASE)[["seconds", "moved"]].add_prefix("source_")
+    rows = rows[rows["method"] != "source"].join(source, on=CASE)
+    for name, measured in (("measured", "seconds"), ("low", "high"), ("high", "low")):
+        rows[f"{name}_speedup"] = rows["source_seconds"] / rows[measured]
+    rows["predicted_speedup"] = rows["source_moved"] / rows["moved"]
+    return rows.set_index([*CASE, "method"])[[f"{n}_speedup" for n in ("measured", "low", "high", "predicted")]]
+
+
+def speedup_chart(speeds, title):
+    """`speedups` of one part, a panel a budget: filled what was measured (with quartiles), hollow what bytes predict."""
+    budgets = sorted(speeds.index.unique("budget"), reverse=True)
+    figure, axes = plt.subplots(
+        1, len(budgets), figsize=(12, 0.9 + 0.62 * 12), sharey=True, sharex=True, layout="constrained"
+    )
+    for axis, budget in zip(axes, budgets):
+        chosen = speeds.xs(budget, level="budget").reset_index()
+        chosen["case"] = chosen["shape"] + ", batch " + chosen["batch"].astype(str) + ", " + chosen["context"].astype(str)
+        cases = list(dict.fromkeys(chosen["case"]))
+        for offset, (method, color) in enumerate(zip(METHODS, COLORS)):
+            own = chosen[chosen["method"] == method]
+            height = own["case"].map(cases.index) + 0.2 * (offset - 1)
+            spread = [own["measured_speedup"] - own["low_speedup"], own["high_speedup"] - own["measured_speedup"]]
+            axis.errorbar(own["measured_speedup"], height, xerr=spread, fmt="o", color=color, label=method)
+            axis.scatter(own["predicted_speedup"], height, facecolor="none", edgecolor=color, s=60)
+        axis.axvline(1, color="black", linestyle="--")
+        axis.set(title=f"{budget:.0%} of the cache", xlabel="times as fast as the source (log scale)", xscale="log")
+        axis.set_yticks(range(len(cases)), cases)
+        plain_log(axis.xaxis)
+    axes[0].invert_yaxis()
+    axes[-1].legend(title="measured (hollow:\npredicted from bytes)")
+    figure.suptitle(title)
+    return figure
+
+
+def throughput_table(rows):
+    """Tokens a second with the largest batch that fits into the memory, one row a budget and method."""
+    rows = rows[rows["part"] == "throughput"].copy()
+    rows["tokens a second"] = rows["batch"] * rows["new_tokens"] / rows["seconds"]
+    source = rows[rows["method"] == "source"].set_index(["shape", "budget"])["tokens a second"]
+    of_source = pd.MultiIndex.from_frame(rows[["shape", "budget"]]).map(source)
+    rows["times the source's"] = rows["tokens a second"] / of_source
+    rows["cache (GB)"] = rows["cache_bytes"] / 1e9
+    names = {"batch": "sequences that fit", "peak_gib": "peak memory (GiB)"}
+    columns = [*names.values(), "cache (GB)", "tokens a second", "times the source's"]
+    return rows.rename(columns=names).set_index(["shape", "budget", "method"])[columns]
+
+
+def prefill_table(rows):
+    """Seconds to the first token over the source's, by shape and length of the prompt."""
+    seconds = rows.pivot_table(index=["shape", "length"], columns="method", values="seconds", sort=False)
+    return seconds.div(seconds["source"], axis=0)[[method for method in METHODS if method in seconds]]

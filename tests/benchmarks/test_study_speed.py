@@ -1,0 +1,34 @@
+"""The speed study divides what belongs together."""
+
+import pandas as pd
+import pytest
+from study_speed import moved_bytes, speedups, throughput_table
+
+CASE = {"shape": "s", "layers": 1, "dtype": "float32", "device": "cpu", "budget": 0.5, "batch": 2, "context": 8}
+COSTS = {"low": 1.0, "seconds": 2.0, "high": 4.0, "weight_bytes": 0, "cache_bytes": 100, "rebuilt_bytes": 0}
+
+
+@pytest.fixture
+def rows():
+    half = {"seconds": 1.0, "low": 0.5, "high": 2.0, "cache_bytes": 50}
+    made = []
+    for part in ("attention", "generate", "throughput"):
+        case = CASE | {"part": part} | COSTS | {"weight_bytes": 0 if part == "attention" else 100, "new_tokens": 4}
+        made += [case | {"method": "source"}, case | half | {"method": "DHA", "batch": 4 if part == "throughput" else 2}]
+    return pd.DataFrame(made).assign(peak_gib=1.0)
+
+
+def test_the_speedup_is_the_source_over_the_method(rows):
+    speeds = speedups(rows).xs("DHA", level="method")
+    assert speeds["measured_speedup"].tolist() == [2, 2]
+    assert (speeds["low_speedup"] < 2).all() and (speeds["high_speedup"] > 2).all()
+    assert speeds["predicted_speedup"].tolist() == [2, 400 / 250]
+
+
+def test_rebuilt_keys_are_written_and_read(rows):
+    assert (moved_bytes(rows.assign(rebuilt_bytes=10)) - moved_bytes(rows)).eq(20).all()
+
+
+def test_throughput_counts_the_batch(rows):
+    table = throughput_table(rows).xs("DHA", level="method")
+    assert table["tokens a second"].tolist() == [16] and table["times the source's"].tolist() == [4]

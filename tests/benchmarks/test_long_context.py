@@ -1,0 +1,48 @@
+"""What the long-context study measures, on a tiny model."""
+
+import pytest
+import torch
+from long_context import DEPTHS, EDGES, LAGS, by_copy, by_needle, by_position
+from quantized_cache import EXACT, block_loss, cache_bytes, make_cache
+
+from dha_utils import load_checkpoint, perplexity
+from dha_utils.measure.perplexity import token_losses
+
+
+@pytest.fixture(scope="module")
+def austen():
+    return load_checkpoint("austen-mha")
+
+
+def test_positions_cover_a_text_once(gqa, blocks):
+    rows, length = by_position(gqa, blocks[:1]), blocks.shape[1]
+    ends = [*(row["place"] for row in rows[1:]), length]
+    total = sum(row["loss"] * (end - row["place"]) for row, end in zip(rows, ends))
+    assert [row["place"] for row in rows] == [edge for edge in EDGES if edge < length]
+    assert total / (length - 1) == pytest.approx(token_losses(gqa, blocks[:1]).mean().item(), rel=1e-5)
+
+
+def test_a_copy_is_scored_on_its_second_half(gqa):
+    block = torch.arange(max(LAGS)) % 90
+    rows = by_copy(gqa, block[None])
+    twice = token_losses(gqa, block[: LAGS[0]].repeat(2)[None])[0]
+    assert [row["place"] for row in rows] == LAGS
+    assert rows[0]["loss"] == pytest.approx(twice[LAGS[0] :].mean().item(), rel=1e-5), "but for its first token"
+
+
+def test_a_needle_is_asked_for_at_every_depth(austen):
+    rows = by_needle(*austen, torch.randint(0, 500, (2, 100)))
+    assert [row["place"] for row in rows] == DEPTHS * 2 and all(row["loss"] > 0 for row in rows)
+
+
+def test_pieces_over_an_exact_cache_are_the_whole_text(gqa, blocks):
+    loss = torch.stack([block_loss(gqa, block, make_cache(gqa, EXACT)) for block in blocks[:2]]).mean()
+    assert loss.exp().item() == pytest.approx(perplexity(gqa, blocks[:2]), rel=1e-5)
+
+
+def test_exact_numbers_are_counted_as_two_bytes(gqa, blocks):
+    cache = make_cache(gqa, EXACT)
+    block_loss(gqa, blocks[0], cache)
+    config = gqa.config
+    tokens = len(blocks[0])
+    assert cache_bytes(cache) == tokens * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2

@@ -7,6 +7,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import flash_attention_mask
 
 from dha_utils.model.cache import DhaStaticCache
+from dha_utils.sources.precision import cast_weights
 
 
 def test_a_static_cache_made_for_other_models_is_refused_in_a_sentence(blocks):
@@ -93,3 +94,22 @@ def test_a_quantised_cache_holds_unequal_counts(blocks):
     for layer, counts in zip(cache.layers, model.config.head_counts()):
         for states, count in zip((layer._quantized_keys, layer._quantized_values), counts):
             assert states[0].element_size() == 1 and states[0].shape[1] == count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "dtype, padding, cache",
+    [(torch.float32, 0, None), (torch.float32, 7, "static"), (torch.bfloat16, 7, None), (torch.float16, 0, "static")],
+)
+def test_512_greedy_tokens_are_those_of_one_full_forward(dtype, padding, cache, blocks):
+    """Each decoded token is the likeliest one when the whole text is read at once; in 16 bits, but for near ties."""
+    model = cast_weights(dha(max_position_embeddings=1024), dtype)
+    model.generation_config.eos_token_id = None
+    mask = (torch.arange(8) >= torch.tensor([[padding], [0]])).long()
+    how = {"attention_mask": mask, "max_new_tokens": 512, "do_sample": False, "cache_implementation": cache}
+    text = model.generate(blocks[:2, :8], **how)
+    mask = torch.cat([mask, torch.ones(2, 512, dtype=torch.long)], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(text, attention_mask=mask, position_ids=positions).logits[:, 7:-1].float()
+    lacking = logits.max(-1).values - logits.gather(-1, text[:, 8:, None])[..., 0]
+    assert text.shape[1] == 520 and lacking.max() <= 16 * torch.finfo(dtype).eps * logits.std()

@@ -3,14 +3,14 @@
     python benchmarks/decode.py                                     # a CPU, float32; 20 minutes on two cores
     python benchmarks/decode.py --part generate --shape Llama-3.2-1B --layers 4 --dtype bfloat16 --cases 8x4096
     python benchmarks/decode.py --device cuda --dtype bfloat16 --part throughput --shape LLaMA-2-7B --budgets 0.25 \
-        --memory-gib 80 --context 8192
+        --memory-gib 60 --context 8192
 
 Three parts. *attention*: the attention of one layer from one new token to the cache, projections left out; source and GQA
 by transformers' SDPA. *generate*: tokens of `generate` on a whole model over a `DynamicCache`, per token. *throughput*: the
 same with the largest batch of which weights and cache fit into --memory-gib, and the peak memory of a process that does
-nothing else. Weights, cache and tokens are random: their values do not matter here, and the length of what is generated is
-fixed. GQA is left out where it has no whole number of heads. All of a case are timed in turn in one process; cases that
-the CSV has are not timed again.
+nothing else (a GPU needs twice that memory). Weights, cache and tokens are random: their values do not matter here, and the
+length of what is generated is fixed. GQA is left out where it has no whole number of heads. All of a case are timed in turn
+in one process, but for throughput, where one has the memory to itself; cases that the CSV has are not timed again.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def generate_step(model, batch, context, new_tokens):
         cache.crop(context - cache.get_seq_length())
         model.generate(tokens, attention_mask=torch.ones_like(tokens), **how)
 
-    return step, {"rebuilt_bytes": 0, "new_tokens": new_tokens} | said
+    return step, {"rebuilt_bytes": 0} | said
 
 
 def weight_bytes(model):
@@ -125,19 +125,18 @@ def generate_case(arguments, shape, budget, batch, context):
     return {name: generate_step(make(), batch, context, arguments.new_tokens) for name, make in models.items()}
 
 
-def throughput_case(arguments, shape, budget, context):
-    """Each with its own largest batch; one that does not even hold one sequence is left out."""
-    steps = {}
-    for name, make in whole_models(arguments, shape, budget).items():
-        model = make()
-        one = numbers(random_cache(model, 1, context)) * model.dtype.itemsize
-        resident = sum(w.numel() * w.element_size() for w in model.parameters())
-        if batch := int((arguments.memory_gib * 2**30 - resident) // one):
-            with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-                peak = alone.submit(peak_gib, arguments, shape, budget, name, batch, context).result()
-            step, said = generate_step(model, batch, context, arguments.new_tokens)
-            steps[name] = step, said | {"peak_gib": peak}
-    return steps
+def throughput_case(arguments, shape, budget, name, context):
+    """One method with its own largest batch; left out if not even one sequence fits."""
+    model = whole_models(arguments, shape, budget)[name]()
+    one = numbers(random_cache(model, 1, context)) * model.dtype.itemsize
+    resident = sum(w.numel() * w.element_size() for w in model.parameters())
+    batch = int((arguments.memory_gib * 2**30 - resident) // one)
+    if batch < 1:
+        return {}
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        peak = alone.submit(peak_gib, arguments, shape, budget, name, batch, context).result()
+    step, said = generate_step(model, batch, context, arguments.new_tokens)
+    return {name: (step, said | {"peak_gib": peak})}
 
 
 def peak_gib(arguments, shape, budget, method, batch, context):
@@ -150,6 +149,10 @@ def peak_gib(arguments, shape, budget, method, batch, context):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def default_budgets(shape):
+    return [1 / 3, 0.5] if shape == "SmolLM2-135M" else [0.25, 0.5]
+
+
 def main():
     arguments = parse_arguments()
     whole = arguments.shape or "SmolLM2-135M"
@@ -157,20 +160,24 @@ def main():
     if "attention" in arguments.part:
         shapes = [arguments.shape] if arguments.shape else ["LLaMA-2-7B", "Llama-3-8B"]
         sizes = arguments.cases or [(1, 512), (1, 4096), (1, 16384), (8, 512), (8, 4096), (32, 1024)]
-        for shape, budget, (batch, context) in product(shapes, arguments.budgets or [0.25, 0.5], sizes):
-            case = {"part": "attention", "shape": shape, "layers": 1}
-            case |= {"budget": budget, "batch": batch, "context": context}
-            measure(arguments, case, partial(attention_case, arguments, shape, budget, batch, context))
-    for budget in arguments.budgets or ([1 / 3, 0.5] if whole == "SmolLM2-135M" else [0.25, 0.5]):
+        for shape, (batch, context) in product(shapes, sizes):
+            for budget in arguments.budgets or default_budgets(shape):
+                case = {"part": "attention", "shape": shape, "layers": 1}
+                case |= {"budget": budget, "batch": batch, "context": context}
+                measure(arguments, case, partial(attention_case, arguments, shape, budget, batch, context))
+    for budget in arguments.budgets or default_budgets(whole):
         if "generate" in arguments.part:
             for batch, context in arguments.cases or [(1, 512), (1, 4096), (8, 4096)]:
                 case = {"part": "generate", "shape": whole} | layers
-                case |= {"budget": budget, "batch": batch, "context": context}
+                case |= {"budget": budget, "batch": batch, "context": context, "new_tokens": arguments.new_tokens}
                 measure(arguments, case, partial(generate_case, arguments, whole, budget, batch, context))
         if "throughput" in arguments.part:
             case = {"part": "throughput", "shape": whole} | layers
             case |= {"budget": budget, "context": arguments.context, "memory_gib": arguments.memory_gib}
-            measure(arguments, case, partial(throughput_case, arguments, whole, budget, arguments.context))
+            case |= {"new_tokens": arguments.new_tokens}
+            for name in whole_models(arguments, whole, budget):
+                make = partial(throughput_case, arguments, whole, budget, name, arguments.context)
+                measure(arguments, case | {"method": name}, make)
 
 
 if __name__ == "__main__":

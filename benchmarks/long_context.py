@@ -11,6 +11,7 @@ same texts for all models. Rows that the CSV already has are not measured again.
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 import torch
 from inputs import add_inputs, parsed
@@ -75,7 +76,8 @@ def by_needle(model, tokenizer, blocks):
                 f" What is the secret number? The secret number is {number}",
             )
         )
-        asked = len(tokenizer(f" {number}", add_special_tokens=False).input_ids)
+        last = tokenizer(f" {number}", add_special_tokens=False).input_ids
+        asked = sum(bool(tokenizer.decode(token).strip()) for token in last)  # some have the space for themselves
         for depth in DEPTHS:
             before = int(depth * len(block))
             whole = torch.cat([block[:before], needle, block[before:], question])
@@ -86,10 +88,10 @@ def by_needle(model, tokenizer, blocks):
 
 def models(arguments, source, tokenizer, training):
     """Yields ({budget, stage}, function that makes the model); a start is made once, a recovery resumes."""
-    yield {"budget": 1.0, "stage": "source"}, lambda: source
+    yield {"budget": 1.0, "stage": "source", "calibration_tokens": 0, "tokens": 0}, lambda: source
     for budget in arguments.budgets:
         run = {
-            "model": source.config.name_or_path,
+            "model": Path(arguments.model).name,
             "text": arguments.text,
             "start": "refitted",
             "budget": budget,
@@ -99,11 +101,12 @@ def models(arguments, source, tokenizer, training):
         start = partial(start_model, run, source, tokenizer, drawn(training, arguments.calibration_blocks, 0))
 
         def recovered(start=start, budget=budget):
-            folder = RUNS / f"long-{arguments.model}-{budget:.4g}-{arguments.tokens}"
+            folder = RUNS / f"long-{Path(arguments.model).name}-{budget:.4g}-{arguments.tokens}"
             return pretrain(start(), training, arguments.tokens, source, learning_rate=2e-4, output_dir=folder)
 
-        yield {"budget": round(budget, 4), "stage": "refitted"}, start
-        yield {"budget": round(budget, 4), "stage": "recovered"}, recovered
+        made = {"budget": round(budget, 4), "calibration_tokens": run["calibration_tokens"]}
+        yield made | {"stage": "refitted", "tokens": 0}, start
+        yield made | {"stage": "recovered", "tokens": arguments.tokens}, recovered
 
 
 def main():
@@ -113,11 +116,14 @@ def main():
     unseen = partial(token_blocks, tokenizer, load_text(arguments.text, "validation"))
     long, short = unseen(source.config.max_position_embeddings, arguments.texts), unseen(max(LAGS), arguments.draws)
     hay = unseen(arguments.needle_length, arguments.draws)
+    setting = {"model": Path(arguments.model).name, "text": arguments.text, "draws": arguments.draws}
+    setting |= {"texts": arguments.texts, "needle_length": arguments.needle_length, "device": arguments.device}
     for named, make in tqdm(list(models(arguments, source, tokenizer, training)), "models"):
+        named = setting | named
         if not has_row(arguments.out, named):
             model = make()
             rows = by_position(model, long) + by_copy(model, short) + by_needle(model, tokenizer, hay)
-            append_rows(arguments.out, [{"model": arguments.model, "text": arguments.text, **named, **row} for row in rows])
+            append_rows(arguments.out, [named | row for row in rows])
 
 
 if __name__ == "__main__":

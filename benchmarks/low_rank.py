@@ -12,7 +12,7 @@ import copy
 import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding, rotate_half
 
 from dha_utils.measure.energies import matrix_sqrt
 from dha_utils.measure.moments import set_rows, with_bias
@@ -29,13 +29,13 @@ class LowRankAttention(LlamaAttention):
         width = self.k_proj.out_features
         self.down = nn.Linear(config.hidden_size, rank, bias=bias)
         self.key_up, self.value_up = (nn.Linear(rank, width, bias=False) for _ in range(2))
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb, self.turns = LlamaRotaryEmbedding(config), None
         del self.k_proj, self.v_proj
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, cache=None, **kwargs):
         cache, shape = past_key_values if cache is None else cache, (*hidden_states.shape[:-1], -1, self.head_dim)
         query, latent = self.q_proj(hidden_states).view(shape).transpose(1, 2), self.down(hidden_states)
-        query = apply_rotary_pos_emb(query, query, *position_embeddings)[0]
+        query = turned(query, *position_embeddings)
         if cache is not None:
             latent = cache.update(latent[:, None], latent[:, None, :, :0], self.layer_idx)[0][:, 0]
         if query.shape[2] == 1 and latent.shape[1] > 1:
@@ -47,9 +47,12 @@ class LowRankAttention(LlamaAttention):
 
     def keys(self, latent):
         """Every key of the context, turned: [batch, length, rank] -> [batch, heads, length, d]."""
-        positions = torch.arange(latent.shape[1], device=latent.device)[None]
+        length = latent.shape[1]
+        if self.turns is None or self.turns[0].shape[1] < length:  # kept, so that a step need not make them
+            positions = torch.arange(2 ** (length - 1).bit_length(), device=latent.device)[None]
+            self.turns = self.rotary_emb(latent, positions)
         key = self.key_up(latent).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        return apply_rotary_pos_emb(key, key, *self.rotary_emb(latent, positions))[1]
+        return turned(key, *(turn[:, :length].to(key) for turn in self.turns))
 
     def decode(self, query, latent):
         """One new token [batch, heads, 1, d] over the cache [batch, length, rank]: [batch, 1, heads, d]."""
@@ -60,6 +63,12 @@ class LowRankAttention(LlamaAttention):
         up = self.value_up.weight.view(key.shape[1], self.head_dim, -1)
         output = mixed.view(len(query), key.shape[1], -1, latent.shape[-1]) @ up.mT
         return output.flatten(1, 2)[:, None]
+
+
+def turned(states, cos, sin):
+    """RoPE of [batch, heads, length, d]."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return states * cos + rotate_half(states) * sin
 
 
 @torch.no_grad()
@@ -97,6 +106,7 @@ def low_rank_model(model, layers, ranks):
         bias = source.k_proj.bias is not None
         layer.self_attn = LowRankAttention(model.config, index, u.shape[1], bias).to(source.q_proj.weight)
         layer.self_attn.q_proj, layer.self_attn.o_proj = source.q_proj, source.o_proj
+        layer.self_attn.rotary_emb = model.model.rotary_emb  # .to would have rounded its frequencies
         set_rows(layer.self_attn.down, down / scale[:, None])
         for up, part in zip((layer.self_attn.key_up, layer.self_attn.value_up), (u * scale).chunk(2)):
             up.weight.copy_(part)

@@ -3,13 +3,15 @@
     pip install optimum-quanto
     python benchmarks/quantized_cache.py                      # smollm2-135m, source and 50, 33 %; 40 minutes on one core
 
-Each validation block is read in pieces of 64 tokens over transformers' `QuantizedCache` (quanto, groups of 64 numbers,
-the last 64 tokens exact), as in chunked prefill: a token sees the quantised keys and values of those before its piece.
-Bytes are counted on the tensors of the cache after the last piece, each floating-point number as the two bytes that it has
-in 16 bits. DHA is refitted on 16,384 tokens, not trained. Rows that the CSV already has are not measured again.
+Each validation block is read in pieces of 64 tokens over transformers' `QuantizedCache` (quanto, groups of 64 numbers), as
+in chunked prefill. After every second piece all that is cached is quantised anew, so at most the piece before is exact.
+Bytes are counted on the tensors of the cache after the last piece (64 of 512 tokens exact), each floating-point number as
+the two bytes that it has in 16 bits. DHA is refitted on 16,384 tokens, not trained. Rows that the CSV already has are not
+measured again.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from inputs import add_inputs, parsed
@@ -18,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, QuantizedCache
 
 from dha_utils import load_checkpoint, load_text, token_blocks
+from dha_utils.measure.perplexity import scored_tokens
 from dha_utils.runs import append_rows, has_row
 from dha_utils.sources.text import drawn
 
@@ -39,7 +42,7 @@ def parse_arguments():
 def make_cache(model, bits):
     if bits == EXACT:
         return DynamicCache(config=model.config)
-    return QuantizedCache("quanto", model.config, nbits=bits, q_group_size=PIECE, residual_length=PIECE)
+    return QuantizedCache("quanto", model.config, nbits=bits, q_group_size=PIECE, residual_length=2 * PIECE)
 
 
 @torch.no_grad()
@@ -76,9 +79,11 @@ def main():
     )
     calibration = drawn(training, arguments.calibration_blocks, 0)
     for budget in arguments.budgets:
-        named = {"model": arguments.model, "text": arguments.text, "budget": round(budget, 4)}
+        name = Path(arguments.model).name
+        named = {"model": name, "text": arguments.text, "budget": round(budget, 4), "tokens": arguments.length}
         named["calibration_tokens"] = calibration.numel() if budget < 1 else 0
-        run = {"model": arguments.model, "text": arguments.text, "start": "refitted" if budget < 1 else "source"}
+        named["validation_tokens"] = scored_tokens(validation)
+        run = {"model": name, "text": arguments.text, "start": "refitted" if budget < 1 else "source"}
         run |= {"budget": budget, "calibration_tokens": calibration.numel(), "seed": 0}
         missing = [bits for bits in arguments.bits if not has_row(arguments.out, named | {"bits": bits})]
         model = start_model(run, source, tokenizer, calibration) if missing else None
@@ -88,7 +93,7 @@ def main():
                 cache = make_cache(model, bits)
                 losses.append(block_loss(model, block, cache))
             figures = {"perplexity": torch.stack(losses).mean().exp().item(), "cache_bytes": cache_bytes(cache)}
-            append_rows(arguments.out, [named | {"bits": bits, "tokens": arguments.length, **figures}])
+            append_rows(arguments.out, [named | {"bits": bits} | figures])
 
 
 if __name__ == "__main__":

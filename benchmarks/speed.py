@@ -29,6 +29,7 @@ FIELDS = (
     "intermediate_size",
     "vocab_size",
 )
+TIED = ("SmolLM2-135M", "Llama-3.2-1B")  # embeddings and head are one
 
 
 def add_arguments(parser, study):
@@ -42,13 +43,24 @@ def add_arguments(parser, study):
 
 def shape_config(name, **changes):
     """The `LlamaConfig` of a shape, with `changes` (num_hidden_layers=1 for a single layer)."""
-    return LlamaConfig(**dict(zip(FIELDS, SHAPES[name])) | {"max_position_embeddings": 2**17} | changes)
+    fields = dict(zip(FIELDS, SHAPES[name])) | {"tie_word_embeddings": name in TIED, "max_position_embeddings": 2**17}
+    return LlamaConfig(**fields | changes)
+
+
+def kept_heads(config, budget):
+    """Key and value heads of a layer. Raises ValueError if it is no whole number, or fewer than one of each."""
+    kept = 2 * config.num_key_value_heads * budget
+    if abs(kept - round(kept)) > 1e-6 or round(kept) < 2:
+        raise ValueError(
+            f"{budget:.3g} of {2 * config.num_key_value_heads} key and value heads a layer is {kept:.3g} heads"
+        )
+    return round(kept)
 
 
 def uneven_maps(config, budget, seed=0):
-    """(key_head_map, value_head_map) for each layer: random, ragged, nearly two key heads to a value head."""
-    random, kept = torch.Generator().manual_seed(seed), round(2 * config.num_key_value_heads * budget)
-    keys = min(config.num_key_value_heads, max(1, round(0.6 * kept)))
+    """(key_head_map, value_head_map) for each layer: random, ragged, about three key heads to two value heads."""
+    random, kept = torch.Generator().manual_seed(seed), kept_heads(config, budget)
+    keys = min(config.num_key_value_heads, kept - 1, round(0.6 * kept))
     each, maps = config.num_attention_heads // config.num_key_value_heads, ([], [])
     for _ in range(config.num_hidden_layers):
         for layers, count in zip(maps, (keys, kept - keys)):
@@ -60,28 +72,29 @@ def uneven_maps(config, budget, seed=0):
 
 
 def versions(config, budget, device="cpu", dtype=torch.float32):
-    """{method: function that makes its model}, weights random. GQA needs a whole number of heads at this budget."""
-    kept = 2 * config.num_key_value_heads * budget
-    if abs(kept - round(kept)) > 1e-6:
-        raise ValueError(
-            f"{budget:.3g} of {2 * config.num_key_value_heads} key and value heads a layer is {kept:.3g} heads"
-        )
-    fields, rank = config.to_dict(), round(kept) * config.head_dim
+    """{method: function that makes its model}, weights random. GQA needs a whole number of heads at this budget.
+
+    "source, our code" is the control: all heads of the source, attended to as a DHA model does.
+    """
+    kept, fields = kept_heads(config, budget), config.to_dict()
     key_map, value_map = uneven_maps(config, budget)
 
     def low_rank():
         model = LlamaForCausalLM(config)
         for index, layer in enumerate(model.model.layers):
-            layer.self_attn = LowRankAttention(config, index, rank)
+            layer.self_attn = LowRankAttention(config, index, kept * config.head_dim)
         return model
 
+    own = [[h * config.num_key_value_heads // config.num_attention_heads for h in range(config.num_attention_heads)]]
+    own = own * config.num_hidden_layers
     made = {
         "source": partial(LlamaForCausalLM, config),
-        "GQA": lambda: LlamaForCausalLM(LlamaConfig(**fields | {"num_key_value_heads": round(kept) // 2})),
+        "source, our code": lambda: DhaForCausalLM(DhaConfig(**fields, key_head_map=own, value_head_map=own)),
+        "GQA": lambda: LlamaForCausalLM(LlamaConfig(**fields | {"num_key_value_heads": kept // 2})),
         "DHA": lambda: DhaForCausalLM(DhaConfig(**fields, key_head_map=key_map, value_head_map=value_map)),
         "low rank": low_rank,
     }
-    if round(kept) % 2 or config.num_attention_heads % (round(kept) // 2):
+    if kept % 2 or config.num_attention_heads % (kept // 2):
         del made["GQA"]
 
     def ready(make):
@@ -110,7 +123,8 @@ def measure(arguments, case, make):
     if has_row(arguments.out, case):
         return
     torch.set_num_threads(arguments.threads)
-    made = make()
+    if not (made := make()):
+        return
     turns = [
         [seconds_of(step, arguments.device) for step, _ in made.values()]
         for _ in tqdm(range(arguments.repeats + 1), ", ".join(map(str, case.values())), leave=False)
@@ -119,7 +133,11 @@ def measure(arguments, case, make):
     append_rows(
         arguments.out,
         [
-            case | {"method": name} | said | dict(zip(("low", "seconds", "high"), measured))
+            case
+            | {"method": name}
+            | said
+            | dict(zip(("low", "seconds", "high"), measured))
+            | {"repeats": arguments.repeats}
             for (name, (_, said)), measured in zip(made.items(), quartiles)
         ],
     )

@@ -1,12 +1,12 @@
 """Tables and charts of `notebooks/studies/speed_and_memory`: what decoding costs, measured and predicted from bytes."""
 
 import matplotlib.pyplot as plt
-import pandas as pd
 
 from dha_utils.plots import COLORS, plain_log
 
-CASE = ["part", "shape", "layers", "dtype", "device", "budget", "batch", "context"]
-METHODS = ["GQA", "DHA", "low rank"]
+MACHINE = ["dtype", "device", "threads"]
+CASE = ["part", *MACHINE, "shape", "layers", "budget", "batch", "context"]
+METHODS = ["source, our code", "GQA", "DHA", "low rank"]
 
 
 def moved_bytes(rows):
@@ -21,7 +21,7 @@ def speedups(rows):
 
     The quartiles are those of the method's own seconds, against the source's median.
     """
-    rows = rows[rows["part"] != "throughput"].assign(moved=moved_bytes(rows))
+    rows = rows[rows["part"] != "throughput"].assign(moved=moved_bytes)
     source = rows[rows["method"] == "source"].set_index(CASE)[["seconds", "moved"]].add_prefix("source_")
     rows = rows[rows["method"] != "source"].join(source, on=CASE)
     for name, measured in (("measured", "seconds"), ("low", "high"), ("high", "low")):
@@ -31,7 +31,7 @@ def speedups(rows):
 
 
 def speedup_chart(speeds, title):
-    """`speedups` of one part, a panel a budget: filled what was measured (with quartiles), hollow what bytes predict."""
+    """`speedups` of one part and machine, a panel a budget: filled what was measured (with quartiles), hollow predicted."""
     budgets = sorted(speeds.index.unique("budget"), reverse=True)
     figure, axes = plt.subplots(
         1, len(budgets), figsize=(12, 0.9 + 0.62 * 12), sharey=True, sharex=True, layout="constrained"
@@ -42,7 +42,7 @@ def speedup_chart(speeds, title):
         cases = list(dict.fromkeys(chosen["case"]))
         for offset, (method, color) in enumerate(zip(METHODS, COLORS)):
             own = chosen[chosen["method"] == method]
-            height = own["case"].map(cases.index) + 0.2 * (offset - 1)
+            height = own["case"].map(cases.index) + 0.2 * (offset - 1.5)
             spread = [own["measured_speedup"] - own["low_speedup"], own["high_speedup"] - own["measured_speedup"]]
             axis.errorbar(own["measured_speedup"], height, xerr=spread, fmt="o", color=color, label=method)
             axis.scatter(own["predicted_speedup"], height, facecolor="none", edgecolor=color, s=60)
@@ -57,19 +57,19 @@ def speedup_chart(speeds, title):
 
 
 def throughput_table(rows):
-    """Tokens a second with the largest batch that fits into the memory, one row a budget and method."""
-    rows = rows[rows["part"] == "throughput"].copy()
+    """Tokens a second with the largest batch that fits into the memory, one row a case and method."""
+    case = [*MACHINE, "shape", "layers", "context", "memory_gib", "budget"]
+    rows = rows[rows["part"] == "throughput"].reset_index(drop=True)
     rows["tokens a second"] = rows["batch"] * rows["new_tokens"] / rows["seconds"]
-    source = rows[rows["method"] == "source"].set_index(["shape", "budget"])["tokens a second"]
-    of_source = pd.MultiIndex.from_frame(rows[["shape", "budget"]]).map(source)
-    rows["times the source's"] = rows["tokens a second"] / of_source
+    source = rows[rows["method"] == "source"].set_index(case)["tokens a second"]
+    rows["times the source's"] = rows["tokens a second"] / rows.join(source.rename("source"), on=case)["source"]
     rows["cache (GB)"] = rows["cache_bytes"] / 1e9
     names = {"batch": "sequences that fit", "peak_gib": "peak memory (GiB)"}
     columns = [*names.values(), "cache (GB)", "tokens a second", "times the source's"]
-    return rows.rename(columns=names).set_index(["shape", "budget", "method"])[columns]
+    return rows.rename(columns=names).set_index([*case, "method"])[columns]
 
 
 def prefill_table(rows):
-    """Seconds to the first token over the source's, by shape and length of the prompt."""
-    seconds = rows.pivot_table(index=["shape", "length"], columns="method", values="seconds", sort=False)
+    """Seconds to the first token over the source's, one row a case, by length of the prompt."""
+    seconds = rows.pivot(index=[*MACHINE, "shape", "layers", "budget", "length"], columns="method", values="seconds")
     return seconds.div(seconds["source"], axis=0)[[method for method in METHODS if method in seconds]]

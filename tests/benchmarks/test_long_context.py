@@ -30,9 +30,17 @@ def test_a_copy_is_scored_on_its_second_half(gqa):
     assert rows[0]["loss"] == pytest.approx(twice[LAGS[0] :].mean().item(), rel=1e-5), "but for its first token"
 
 
-def test_a_needle_is_asked_for_at_every_depth(austen):
-    rows = by_needle(*austen, torch.randint(0, 500, (2, 100)))
-    assert [row["place"] for row in rows] == DEPTHS * 2 and all(row["loss"] > 0 for row in rows)
+def test_a_needle_is_asked_for_at_every_depth(austen, monkeypatch):
+    model, tokenizer = austen
+    scored = []
+    monkeypatch.setattr(
+        "long_context.token_losses", lambda _, blocks: scored.append(blocks[0]) or torch.arange(1.0, 1000)[None]
+    )
+    rows = by_needle(model, tokenizer, torch.randint(0, 500, (2, 100)))
+    assert [row["place"] for row in rows] == DEPTHS * 2
+    digits = [tokenizer.decode(text[-5:]) for text in scored]
+    assert all(len(number) == 5 and tokenizer.decode(text).count(number) == 2 for number, text in zip(digits, scored))
+    assert {row["loss"] for row in rows} == {997.0}, "the mean of the last five"
 
 
 def test_pieces_over_an_exact_cache_are_the_whole_text(gqa, blocks):

@@ -2,9 +2,18 @@
 
 import pandas as pd
 import pytest
-from study_speed import moved_bytes, speedups, throughput_table
+from study_speed import moved_bytes, prefill_table, speedups, throughput_table
 
-CASE = {"shape": "s", "layers": 1, "dtype": "float32", "device": "cpu", "budget": 0.5, "batch": 2, "context": 8}
+CASE = {
+    "shape": "s",
+    "layers": 1,
+    "dtype": "float32",
+    "device": "cpu",
+    "threads": 2,
+    "budget": 0.5,
+    "batch": 2,
+    "context": 8,
+}
 COSTS = {"low": 1.0, "seconds": 2.0, "high": 4.0, "weight_bytes": 0, "cache_bytes": 100, "rebuilt_bytes": 0}
 
 
@@ -15,7 +24,7 @@ def rows():
     for part in ("attention", "generate", "throughput"):
         case = CASE | {"part": part} | COSTS | {"weight_bytes": 0 if part == "attention" else 100, "new_tokens": 4}
         made += [case | {"method": "source"}, case | half | {"method": "DHA", "batch": 4 if part == "throughput" else 2}]
-    return pd.DataFrame(made).assign(peak_gib=1.0)
+    return pd.DataFrame(made).assign(peak_gib=1.0, memory_gib=2.0)
 
 
 def test_the_speedup_is_the_source_over_the_method(rows):
@@ -23,6 +32,15 @@ def test_the_speedup_is_the_source_over_the_method(rows):
     assert speeds["measured_speedup"].tolist() == [2, 2]
     assert (speeds["low_speedup"] < 2).all() and (speeds["high_speedup"] > 2).all()
     assert speeds["predicted_speedup"].tolist() == [2, 400 / 250]
+
+
+def test_two_machines_are_kept_apart(rows):
+    both = pd.concat([rows, rows.assign(device="cuda", threads=1, seconds=rows["seconds"] ** 2)])
+    speeds = speedups(both)["measured_speedup"].groupby("device").first()
+    assert speeds.to_dict() == {"cpu": 2, "cuda": 4}
+    assert throughput_table(both).xs("DHA", level="method")["times the source's"].tolist() == [4, 8]
+    lengths = both[both["part"] == "attention"].assign(length=64)
+    assert prefill_table(lengths)["DHA"].tolist() == [0.5, 0.25]
 
 
 def test_rebuilt_keys_are_written_and_read(rows):

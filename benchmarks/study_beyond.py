@@ -50,24 +50,35 @@ def step_gains(rows):
     return gains.T.groupby("budget").mean().T.sort_index(axis=1, ascending=False)
 
 
-def low_rank(rows):
+REFITTED = "{}, layers refitted".format
+RIVALS = {  # (shared heads, low-rank cache)
+    "neither refitted": ("spectral", "low rank"),
+    "shared heads refitted": (REFITTED("spectral"), "low rank"),
+    "both refitted": (REFITTED("spectral"), REFITTED("low rank")),
+}
+
+
+def low_rank(rows, method="low rank"):
     """Perplexity of the low-rank caches, the better allocation of ranks, by `DRAW`."""
-    return rows[rows["method"] == "low rank"].groupby(DRAW)["perplexity"].min()
+    return rows[rows["method"] == method].groupby(DRAW)["perplexity"].min()
 
 
 def against_low_rank(rows):
-    """The refitted model against a low-rank cache of the same size, made from the same text.
+    """Shared heads against a low-rank cache of the same size, made from the same text: as `RIVALS` says.
 
-    A row per head budget and size of the text; 95 % interval of the ratio over the draws.
+    A row per head budget, size of the text and step of `RIVALS`; 95 % interval of the ratio over the draws.
     """
-    refitted = rows[rows["method"] == "spectral, layers refitted"].rename(columns={"perplexity": "DHA"})
-    pairs = refitted.merge(low_rank(rows).rename("low rank"), on=DRAW)
     table, cases = {}, DRAW[:2]
-    for case, pair in pairs.groupby(cases):
-        mean, low, high = interval(pair["DHA"] / pair["low rank"])
-        figures = {"DHA / low rank": mean, "low": low, "high": high, "draws": len(pair)}
-        table[case] = dict(pair[["DHA", "low rank"]].mean()) | figures | {"DHA is lower": verdict(1 - high, 1 - low)}
-    return pd.DataFrame.from_dict(table, orient="index").rename_axis(cases).sort_index(ascending=[False, True])
+    for step, (ours, theirs) in RIVALS.items():
+        shared = rows[(rows["method"] == ours) & (rows["allocation"] == "refit")].rename(columns={"perplexity": "DHA"})
+        pairs = shared.merge(low_rank(rows, theirs).rename("low rank"), on=DRAW)
+        for case, pair in pairs.groupby(cases):
+            mean, low, high = interval(pair["DHA"] / pair["low rank"])
+            figures = {"DHA / low rank": mean, "low": low, "high": high, "draws": len(pair)}
+            figures = dict(pair[["DHA", "low rank"]].mean()) | figures
+            table[(*case, step)] = figures | {"DHA is lower": verdict(1 - high, 1 - low)}
+    table = pd.DataFrame.from_dict(table, orient="index").rename_axis([*cases, "step"])
+    return table.sort_index(level=[0, 1], ascending=[False, True], sort_remaining=False, kind="stable")
 
 
 def ladder(rows, title):
@@ -76,11 +87,12 @@ def ladder(rows, title):
     `rows`: of `benchmarks/training_free.py`, one size of text; a colour per head budget.
     """
     figure, axis = plt.subplots(figsize=(9.5, 5), layout="constrained")
-    rival = low_rank(rows).reset_index().assign(step="low-rank cache of the same size")
+    rivals = {"low-rank cache of the same size": "low rank", "the same, refitted": REFITTED("low rank")}
+    rivals = pd.concat([low_rank(rows, method).reset_index().assign(step=name) for name, method in rivals.items()])
     steps = with_steps(rows)
-    order = [*steps["step"].cat.categories, rival["step"].iloc[0]]
-    budget_points(pd.concat([steps, rival]), "step", axis, order=order, linestyle="none", dodge=0.3)
-    axis.axhline(len(order) - 1.5, color="0.6", linewidth=1)
+    order = [*steps["step"].cat.categories, *rivals["step"].unique()]
+    budget_points(pd.concat([steps, rivals]), "step", axis, order=order, linestyle="none", dodge=0.3)
+    axis.axhline(len(steps["step"].cat.categories) - 0.5, color="0.6", linewidth=1)
     axis.axvline(rows["base_perplexity"].mean(), color="black", linestyle=":", label="source")
     axis.set(title=title, xlabel="validation perplexity (log scale; lower is better)", xscale="log", ylabel=None)
     plain_log(axis.xaxis)
@@ -91,7 +103,7 @@ def ladder(rows, title):
 def rival_dots(versus, title):
     """The ratios of `against_low_rank` with their 95 % intervals, a row per case of the table's index."""
     figure, axis = plt.subplots(figsize=(9.5, 0.4 * len(versus) + 1.6), layout="constrained")
-    names = [f"{model}, {budget:.0%}, {tokens:,} tokens" for model, budget, tokens in versus.index]
+    names = [f"{model}, {budget:.3g}, {tokens:,} tokens, {step}" for model, budget, tokens, step in versus.index]
     heights, mean = np.arange(len(versus))[::-1], versus["DHA / low rank"]
     whiskers = np.clip([mean - versus["low"], versus["high"] - mean], 0, 0.5)  # of two draws, some have no end
     axis.errorbar(mean, heights, xerr=whiskers, fmt="o", color=COLORS[0], capsize=4)

@@ -86,10 +86,10 @@ def methods(source, calibration, refits):
     def allocated(allocation, heads):
         return fuse(source, plan_of_counts(partitions(), knapsack(prices(allocation), heads)), energies=energies())
 
-    def refitted(part, heads):
-        return refit(allocated("refit", heads), source, calibration, **REFITS[part])[0]
+    def refitted(part, make, heads):
+        return refit(make(heads), source, calibration, **REFITS[part])[0]
 
-    return {
+    made = {
         ("mean", "uniform"): lambda heads: fuse(source, uniform_plan(source.config, heads), method="mean"),
         ("spectral, standard planes", "uniform"): standard_planes,
         ("spectral", "uniform"): lambda heads: fuse(source, uniform_plan(source.config, heads), energies=energies()),
@@ -98,8 +98,11 @@ def methods(source, calibration, refits):
         ("low rank", "uniform"): partial(low_rank, uniform),
         ("low rank", "cost"): partial(low_rank, lambda heads: allocated_ranks(svd(), uniform(heads))),
         ("spectral", "refit"): partial(allocated, "refit"),
-        **{(f"spectral, {part} refitted", "refit"): partial(refitted, part) for part in refits},
     }
+    for part in refits:
+        made[f"spectral, {part} refitted", "refit"] = partial(refitted, part, partial(allocated, "refit"))
+        made[f"low rank, {part} refitted", "uniform"] = partial(refitted, part, partial(low_rank, uniform))
+    return made
 
 
 def head_counts(model):

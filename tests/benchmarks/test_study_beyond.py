@@ -22,18 +22,26 @@ def fused():
     return pd.DataFrame(table).sample(frac=1, random_state=0)
 
 
-def test_the_last_step_is_held_against_the_better_low_rank_cache(fused):
+def test_equals_are_held_against_the_better_low_rank_cache(fused):
     table = against_low_rank(fused)
-    assert list(table.index) == [(0.5, 4096), (0.25, 4096)]
-    assert table["DHA / low rank"].tolist() == pytest.approx([2 * 0.9**7, 6 * 0.9**7], rel=2e-3)
-    assert table["DHA is lower"].tolist() == ["holds", "does not hold"]
-    fused.loc[fused["method"].str.contains("layers refitted"), "perplexity"] /= 4
-    assert against_low_rank(fused)["DHA is lower"].tolist() == ["holds", "holds"]
-    more = fused[fused["seed"] == 0].assign(calibration_tokens=8192)  # a single draw of more text decides nothing
-    both = against_low_rank(pd.concat([fused, more]))
+    steps = ["neither refitted", "shared heads refitted"]
+    assert list(table.index) == [(budget, 4096, step) for budget in (0.5, 0.25) for step in steps]
+    ratios = [level * 2 * 0.9**step for level in (1, 3) for step in (5, 7)]
+    assert table["DHA / low rank"].tolist() == pytest.approx(ratios, rel=2e-3)
+    assert table["DHA is lower"].tolist() == ["does not hold", "holds", "does not hold", "does not hold"]
+    rival = fused[fused["method"] == "low rank"].assign(method="low rank, layers refitted")
+    both = against_low_rank(pd.concat([fused, rival.assign(perplexity=rival["perplexity"] / 4)]))
+    both = both.xs("both refitted", level="step")
+    assert both["low rank"].tolist() == pytest.approx([25, 25], rel=2e-3)
+    assert both["DHA is lower"].tolist() == ["does not hold"] * 2
+
+
+def test_a_single_draw_decides_nothing(fused):
+    more = fused[fused["seed"] == 0].assign(calibration_tokens=8192)
+    both = against_low_rank(pd.concat([fused, more])).xs("shared heads refitted", level="step")
     assert list(both.index) == list(product((0.5, 0.25), (4096, 8192)))
     assert both["draws"].tolist() == [3, 1, 3, 1]
-    assert both["DHA is lower"].tolist() == ["holds", "cannot be told"] * 2
+    assert both["DHA is lower"].tolist() == ["holds", "cannot be told", "does not hold", "cannot be told"]
 
 
 def test_the_ladder_shows_every_step_in_its_order(fused):

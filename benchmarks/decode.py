@@ -1,6 +1,8 @@
 """The seconds of decoding: source, GQA, DHA and a low-rank cache of the same size, over contexts and batches.
 
     python benchmarks/decode.py                                     # a CPU, float32; 20 minutes on two cores
+    python benchmarks/decode.py --part attention --shape SmolLM2-135M --budgets 0.5 --threads 1 --repeats 200 \
+        --cases 1x512 1x1024 1x2048 1x4096                          # of the study beyond_the_paper
     python benchmarks/decode.py --part generate --shape Llama-3.2-1B --layers 4 --dtype bfloat16 --cases 8x4096
     python benchmarks/decode.py --device cuda --dtype bfloat16 --part throughput --shape LLaMA-2-7B --budgets 0.25 \
         --memory-gib 60 --context 8192
@@ -26,6 +28,7 @@ from speed import add_arguments, measure, shape_config, versions
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from dha_utils.compare.cost import cache_bytes, cached_numbers
 from dha_utils.model.dha import DhaAttention
 
 PARTS = ("attention", "generate", "throughput")
@@ -63,25 +66,27 @@ def random_cache(model, batch, context):
     return cache
 
 
-def numbers(cache):
-    return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+def step_bytes(model, cache):
+    """{column: bytes} that a step over a cache reads, and those of the keys that it has to rebuild."""
+    config, keys = model.config, cache.layers[0].keys
+    rebuilt = 0
+    if isinstance(model.model.layers[0].self_attn, LowRankAttention):
+        width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        rebuilt = len(keys) * keys.shape[2] * width * model.dtype.itemsize
+    return {"cache_bytes": cached_numbers(cache) * model.dtype.itemsize, "rebuilt_bytes": rebuilt}
 
 
 def attention_step(model, batch, context):
     """(the attention of the first layer from one token to `context` cached ones, {column: value})."""
     attention, cache = model.model.layers[0].self_attn, random_cache(model, batch, context)
     heads, d = model.config.num_attention_heads, model.config.head_dim
-    query, key, value = (
-        torch.randn(batch, heads, 1, d).to(model.lm_head.weight),
-        cache.layers[0].keys,
-        cache.layers[0].values,
-    )
-    said = {"cache_bytes": numbers(cache) * model.dtype.itemsize, "weight_bytes": 0, "rebuilt_bytes": 0}
+    query = torch.randn(batch, heads, 1, d).to(model.lm_head.weight)
+    key, value = cache.layers[0].keys, cache.layers[0].values
+    said = step_bytes(model, cache) | {"weight_bytes": 0}
     if isinstance(attention, DhaAttention):
         return partial(attention._decode, query, key, value, None), said
     if isinstance(attention, LowRankAttention):
-        rebuilt = batch * context * model.config.num_key_value_heads * d * model.dtype.itemsize
-        return partial(attention.decode, query, key[:, 0]), said | {"rebuilt_bytes": rebuilt}
+        return partial(attention.decode, query, key[:, 0]), said
     attend = partial(sdpa_attention_forward, attention, query, key, value, None, scaling=attention.scaling, is_causal=False)
     return attend, said
 
@@ -91,17 +96,13 @@ def generate_step(model, batch, context, new_tokens):
     cache = random_cache(model, batch, context)
     tokens = torch.zeros(batch, context + 1, dtype=torch.long, device=model.device)
     how = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False, "past_key_values": cache}
-    said = {"cache_bytes": numbers(cache) * model.dtype.itemsize, "weight_bytes": weight_bytes(model), "batch": batch}
-    if isinstance(model.model.layers[0].self_attn, LowRankAttention):
-        config = model.config
-        width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        said["rebuilt_bytes"] = batch * context * width * model.dtype.itemsize
+    said = step_bytes(model, cache) | {"weight_bytes": weight_bytes(model), "batch": batch}
 
     def step():
         cache.crop(context - cache.get_seq_length())
         model.generate(tokens, attention_mask=torch.ones_like(tokens), **how)
 
-    return step, {"rebuilt_bytes": 0} | said
+    return step, said
 
 
 def weight_bytes(model):
@@ -128,7 +129,7 @@ def generate_case(arguments, shape, budget, batch, context):
 def throughput_case(arguments, shape, budget, name, context):
     """One method with its own largest batch; left out if not even one sequence fits."""
     model = whole_models(arguments, shape, budget)[name]()
-    one = numbers(random_cache(model, 1, context)) * model.dtype.itemsize
+    one = cache_bytes(model, 1) * context
     resident = sum(w.numel() * w.element_size() for w in model.parameters())
     batch = int((arguments.memory_gib * 2**30 - resident) // one)
     if batch < 1:

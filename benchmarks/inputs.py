@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from dha_utils import load_checkpoint, load_text, token_blocks
+
 RESULTS = Path(__file__).parent / "results"
 OWN_TEXT = {"austen-mha": "austen"}  # of any other model: wikipedia
 
@@ -23,3 +25,13 @@ def parsed(parser):
     other = "" if arguments.text == own else f"_{Path(arguments.text).stem}"
     arguments.out = arguments.out or RESULTS / f"{arguments.study}_{name}{other}.csv"
     return arguments
+
+
+def source_and_text(arguments, device=None):
+    """(source, tokenizer, all blocks of the training text, `validation_blocks` of the validation text)."""
+    source, tokenizer = load_checkpoint(arguments.model, device=device)
+    training, validation = (
+        token_blocks(tokenizer, load_text(arguments.text, split), arguments.length, limit)
+        for split, limit in (("train", None), ("validation", arguments.validation_blocks))
+    )
+    return source, tokenizer, training, validation

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import torch
 from inputs import add_inputs, parsed
-from recovery import RUNS, start_model
+from recovery import RUNS, refitted_start
 from tqdm import tqdm
 
 from dha_utils import load_checkpoint, load_text, pretrain, token_blocks
 from dha_utils.measure.perplexity import token_losses
 from dha_utils.runs import append_rows, has_row
-from dha_utils.sources.text import drawn
 
 EDGES = [1, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384]  # of the positions that a row is the mean of
 LAGS = [64, 256, 1024]
@@ -90,21 +89,13 @@ def models(arguments, source, tokenizer, training):
     """Yields ({budget, stage}, function that makes the model); a start is made once, a recovery resumes."""
     yield {"budget": 1.0, "stage": "source", "calibration_tokens": 0, "tokens": 0}, lambda: source
     for budget in arguments.budgets:
-        run = {
-            "model": Path(arguments.model).name,
-            "text": arguments.text,
-            "start": "refitted",
-            "budget": budget,
-            "seed": 0,
-        }
-        run["calibration_tokens"] = arguments.calibration_blocks * arguments.length
-        start = partial(start_model, run, source, tokenizer, drawn(training, arguments.calibration_blocks, 0))
+        start = partial(refitted_start, arguments, source, tokenizer, training, budget)
 
         def recovered(start=start, budget=budget):
             folder = RUNS / f"long-{Path(arguments.model).name}-{budget:.4g}-{arguments.tokens}"
             return pretrain(start(), training, arguments.tokens, source, learning_rate=2e-4, output_dir=folder)
 
-        made = {"budget": round(budget, 4), "calibration_tokens": run["calibration_tokens"]}
+        made = {"budget": round(budget, 4), "calibration_tokens": arguments.calibration_blocks * arguments.length}
         yield made | {"stage": "refitted", "tokens": 0}, start
         yield made | {"stage": "recovered", "tokens": arguments.tokens}, recovered
 

@@ -12,10 +12,11 @@ import copy
 import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding, rotate_half
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from dha_utils.measure.energies import matrix_sqrt
 from dha_utils.measure.moments import set_rows, with_bias
+from dha_utils.model.dha import turned
 
 
 class LowRankAttention(LlamaAttention):
@@ -35,7 +36,7 @@ class LowRankAttention(LlamaAttention):
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, cache=None, **kwargs):
         cache, shape = past_key_values if cache is None else cache, (*hidden_states.shape[:-1], -1, self.head_dim)
         query, latent = self.q_proj(hidden_states).view(shape).transpose(1, 2), self.down(hidden_states)
-        query = turned(query, *position_embeddings)
+        query = turned(query, *(turn[:, None] for turn in position_embeddings))
         if cache is not None:
             latent = cache.update(latent[:, None], latent[:, None, :, :0], self.layer_idx)[0][:, 0]
         if query.shape[2] == 1 and latent.shape[1] > 1:
@@ -52,7 +53,7 @@ class LowRankAttention(LlamaAttention):
             positions = torch.arange(2 ** (length - 1).bit_length(), device=latent.device)[None]
             self.turns = self.rotary_emb(latent, positions)
         key = self.key_up(latent).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        return turned(key, *(turn[:, :length].to(key) for turn in self.turns))
+        return turned(key, *(turn[:, None, :length].to(key) for turn in self.turns))
 
     def decode(self, query, latent):
         """One new token [batch, heads, 1, d] over the cache [batch, length, rank]: [batch, 1, heads, d]."""
@@ -63,12 +64,6 @@ class LowRankAttention(LlamaAttention):
         up = self.value_up.weight.view(key.shape[1], self.head_dim, -1)
         output = mixed.view(len(query), key.shape[1], -1, latent.shape[-1]) @ up.mT
         return output.flatten(1, 2)[:, None]
-
-
-def turned(states, cos, sin):
-    """RoPE of [batch, heads, length, d]."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return states * cos + rotate_half(states) * sin
 
 
 @torch.no_grad()

@@ -19,19 +19,16 @@ import time
 from functools import partial
 from pathlib import Path
 
-from inputs import add_inputs, parsed
+from inputs import add_inputs, parsed, source_and_text
 from study_claims import at_best_rate
 
 from dha_utils import (
     HeadPlan,
     fuse,
     head_similarity,
-    load_checkpoint,
-    load_text,
     perplexity,
     plan_heads,
     pretrain,
-    token_blocks,
 )
 from dha_utils.measure.perplexity import scored_tokens
 from dha_utils.paper.linear import learn_fusion
@@ -68,11 +65,7 @@ class Study:
 
     def __init__(self, arguments):
         self.name, self.length = Path(arguments.model).name, arguments.length
-        self.source, tokenizer = load_checkpoint(arguments.model, device=arguments.device)
-        self.training, self.validation = (
-            token_blocks(tokenizer, load_text(arguments.text, split), arguments.length, limit)
-            for split, limit in (("train", None), ("validation", arguments.validation_blocks))
-        )
+        self.source, _, self.training, self.validation = source_and_text(arguments, arguments.device)
         self.calibration_blocks = arguments.calibration_blocks
 
 

@@ -14,15 +14,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from inputs import add_inputs, parsed
-from recovery import start_model
+from inputs import add_inputs, parsed, source_and_text
+from recovery import refitted_start
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, QuantizedCache
 
-from dha_utils import load_checkpoint, load_text, token_blocks
 from dha_utils.measure.perplexity import scored_tokens
 from dha_utils.runs import append_rows, has_row
-from dha_utils.sources.text import drawn
 
 PIECE = 64
 EXACT = 16  # bits: not quantised
@@ -72,21 +70,16 @@ def cache_bytes(cache):
 
 def main():
     arguments = parse_arguments()
-    source, tokenizer = load_checkpoint(arguments.model)
-    training = token_blocks(tokenizer, load_text(arguments.text, "train"), arguments.length)
-    validation = token_blocks(
-        tokenizer, load_text(arguments.text, "validation"), arguments.length, arguments.validation_blocks
-    )
-    calibration = drawn(training, arguments.calibration_blocks, 0)
+    source, tokenizer, training, validation = source_and_text(arguments)
+    setting = {"model": Path(arguments.model).name, "text": arguments.text, "tokens": arguments.length}
+    setting["validation_tokens"] = scored_tokens(validation)
     for budget in arguments.budgets:
-        name = Path(arguments.model).name
-        named = {"model": name, "text": arguments.text, "budget": round(budget, 4), "tokens": arguments.length}
-        named["calibration_tokens"] = calibration.numel() if budget < 1 else 0
-        named["validation_tokens"] = scored_tokens(validation)
-        run = {"model": name, "text": arguments.text, "start": "refitted" if budget < 1 else "source"}
-        run |= {"budget": budget, "calibration_tokens": calibration.numel(), "seed": 0}
+        calibration_tokens = arguments.calibration_blocks * arguments.length if budget < 1 else 0
+        named = setting | {"budget": round(budget, 4), "calibration_tokens": calibration_tokens}
         missing = [bits for bits in arguments.bits if not has_row(arguments.out, named | {"bits": bits})]
-        model = start_model(run, source, tokenizer, calibration) if missing else None
+        model = source
+        if missing and budget < 1:
+            model = refitted_start(arguments, source, tokenizer, training, budget)
         for bits in missing:
             losses = []
             for block in validation:

@@ -31,9 +31,9 @@ import time
 from itertools import product
 from pathlib import Path
 
-from inputs import add_inputs, parsed
+from inputs import add_inputs, parsed, source_and_text
 
-from dha_utils import fuse, load_checkpoint, load_text, plan_heads, pretrain, token_blocks
+from dha_utils import fuse, load_checkpoint, plan_heads, pretrain
 from dha_utils.fuse.refit import refit
 from dha_utils.measure.perplexity import scored_tokens
 from dha_utils.recover.pretrain import TRAINABLE
@@ -62,13 +62,13 @@ def parse_arguments():
     return parsed(parser)
 
 
-def start_model(run, source, tokenizer, calibration):
-    if run["start"] == "source":
-        return source
-    columns = ("model", "text", "start", "budget", "calibration_tokens", "seed")
-    folder = RUNS / "-".join([*(str(run[column]) for column in columns), fingerprint(source, calibration)])
+def refitted_start(arguments, source, tokenizer, training, budget, seed=0):
+    """The refitted model at a budget, its calibration drawn from `training` by the seed; made once, kept in `RUNS`."""
+    calibration = drawn(training, arguments.calibration_blocks, seed)
+    made_from = (Path(arguments.model).name, arguments.text, "refitted", budget, calibration.numel(), seed)
+    folder = RUNS / "-".join([*map(str, made_from), fingerprint(source, calibration)])
     if not folder.exists():
-        fused = fuse(source, plan_heads(source, calibration, run["budget"]), calibration)
+        fused = fuse(source, plan_heads(source, calibration, budget), calibration)
         save_checkpoint(refit(fused, source, calibration)[0], tokenizer, folder)
     return load_checkpoint(folder, device=source.device)[0]
 
@@ -94,15 +94,13 @@ def planned_runs(arguments):
 
 def main():
     arguments = parse_arguments()
-    source, tokenizer = load_checkpoint(arguments.model, device=arguments.device)
-    training, validation = (
-        token_blocks(tokenizer, load_text(arguments.text, split), arguments.length, limit)
-        for split, limit in (("train", None), ("validation", arguments.validation_blocks))
-    )
+    source, tokenizer, training, validation = source_and_text(arguments, arguments.device)
     for run in planned_runs(arguments):
         if has_row(arguments.out, run):
             continue
-        start = start_model(run, source, tokenizer, drawn(training, arguments.calibration_blocks, run["seed"]))
+        start = source
+        if run["start"] != "source":
+            start = refitted_start(arguments, source, tokenizer, training, run["budget"], run["seed"])
         folder = RUNS / "-".join(map(str, run.values()))
         resumed, begin = folder.exists(), time.perf_counter()
         pretrain(

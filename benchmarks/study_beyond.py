@@ -113,10 +113,10 @@ def rival_dots(versus, title):
     return figure
 
 
-def decode_lines(decode, title):
-    """A decoding step over the source's, by context: a line per method of `benchmarks/decode_cost.py`."""
+def decode_lines(times, title):
+    """A decoding step over the source's, [context, method]: a line per method of `benchmarks/decode.py`."""
     figure, axis = plt.subplots(figsize=(8, 3.8), layout="constrained")
-    sns.lineplot(decode, x="context", y="times_the_source", hue="method", style="method", markers=True, ax=axis)
+    sns.lineplot(times, markers=True, ax=axis)
     axis.axhline(1, color="black", linestyle="--")
     axis.set(title=title, xlabel="context (tokens)", ylabel="time of the source's step", xscale="log", yscale="log")
     for side in (axis.xaxis, axis.yaxis):

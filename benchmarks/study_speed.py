@@ -33,9 +33,7 @@ def speedups(rows):
 def speedup_chart(speeds, title):
     """`speedups` of one part and machine, a panel a budget: filled what was measured (with quartiles), hollow predicted."""
     budgets = sorted(speeds.index.unique("budget"), reverse=True)
-    figure, axes = plt.subplots(
-        1, len(budgets), figsize=(12, 0.9 + 0.62 * 12), sharey=True, sharex=True, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, len(budgets), figsize=(12, 8.3), sharey=True, sharex=True, layout="constrained")
     for axis, budget in zip(axes, budgets):
         chosen = speeds.xs(budget, level="budget").reset_index()
         chosen["case"] = chosen["shape"] + ", batch " + chosen["batch"].astype(str) + ", " + chosen["context"].astype(str)

@@ -16,11 +16,11 @@ from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 
-from inputs import add_inputs, parsed
+from inputs import add_inputs, parsed, source_and_text
 from low_rank import allocated_ranks, low_rank_model, uniform_ranks, whitened_svd
 from tqdm import tqdm
 
-from dha_utils import fuse, load_checkpoint, load_text, perplexity, token_blocks
+from dha_utils import fuse, perplexity
 from dha_utils.fuse.refit import refit
 from dha_utils.measure.energies import head_energies
 from dha_utils.measure.moments import collect_moments
@@ -113,11 +113,7 @@ def head_counts(model):
 
 def main():
     arguments = parse_arguments()
-    source, tokenizer = load_checkpoint(arguments.model)
-    pool = token_blocks(tokenizer, load_text(arguments.text, "train"), arguments.length)
-    validation = token_blocks(
-        tokenizer, load_text(arguments.text, "validation"), arguments.length, arguments.validation_blocks
-    )
+    source, _, pool, validation = source_and_text(arguments)
     base = perplexity(source, validation)
     for seed in tqdm(arguments.seeds, "calibration draws"):
         calibration = drawn(pool, arguments.calibration_blocks, seed)

@@ -17,8 +17,12 @@ def cache_bytes(model, length, batch_size=1, dtype=None):
     tokens = torch.zeros(batch_size, length, dtype=torch.long, device=model.device)
     cache = DynamicCache(config=model.config)
     model.model(tokens, past_key_values=cache, use_cache=True)
-    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    return numbers * (dtype or model.dtype).itemsize
+    return cached_numbers(cache) * (dtype or model.dtype).itemsize
+
+
+def cached_numbers(cache):
+    """How many numbers a dynamic cache holds."""
+    return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
 
 
 def bytes_per_token(model):

@@ -9,8 +9,8 @@ import copy
 
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import rotate_half
 
+from ..model.dha import turned
 from ..sources.families import check_source
 from ..sources.precision import served_dtype
 from .energies import as_planes, from_planes
@@ -75,12 +75,17 @@ def _well_conditioned(size, random):
     return left * (torch.rand(size, generator=random) + 0.5) @ right
 
 
+def enough_blocks(model, blocks):
+    """The first of `blocks` [blocks, length]: over four times as many tokens as dimensions, where an identity is tested."""
+    return blocks[: 1 + 4 * model.config.hidden_size // blocks.shape[1]]
+
+
 @torch.no_grad()
 def rope_score(model, query, key, query_position, key_position, omega=1.0):
     """q · k (both [d]) after RoPE at their positions; `omega` [d] weighs the key after RoPE, as nobody should."""
 
-    def turned(x, position):
+    def placed(x, position):
         cos, sin = model.model.rotary_emb(x[None, None], torch.tensor([[position]], device=x.device))
-        return (x * cos + rotate_half(x) * sin).flatten()
+        return turned(x, cos, sin).flatten()
 
-    return float(turned(query, query_position) @ (omega * turned(key, key_position)))
+    return float(placed(query, query_position) @ (omega * placed(key, key_position)))

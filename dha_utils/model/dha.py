@@ -98,17 +98,17 @@ class DhaAttention(LlamaAttention):
             )
             query = query.gather(-1, place.expand_as(query))
         real, imaginary = (part.repeat(1, 2) for part in self.query_gauge.chunk(2, -1))
-        return query * real + rotate_half(query) * imaginary
+        return turned(query, real, imaginary)
 
     def _rotate(self, query, key, cos, sin):
         """RoPE, each key head and its queries in the frequencies that the key head carries."""
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         if self.key_planes is None:
-            return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+            return turned(query, cos, sin), turned(key, cos, sin)
         cos, sin = (table[:, 0, :, self.key_planes].transpose(1, 2) for table in (cos, sin))  # [batch, n_k, length, d]
-        key = key * cos + rotate_half(key) * sin
+        key = turned(key, cos, sin)
         cos, sin = cos[:, self.key_groups.group], sin[:, self.key_groups.group]
-        return query * cos + rotate_half(query) * sin, key
+        return turned(query, cos, sin), key
 
     def _decode(self, query, key, value, attention_mask):
         """A few new tokens over the cache as it is: grouped matrix products, no head is ever copied.
@@ -144,6 +144,11 @@ class DhaAttention(LlamaAttention):
                     f"the cache holds {states.shape[1]} {kind} heads in layer {self.layer_idx}, this layer {count}: prefix "
                     "tuning and caches made by hand have one number of heads for all layers, keys and values"
                 )
+
+
+def turned(states, cos, sin):
+    """RoPE: each plane of `states` [..., d] turned by its angle (a plane is dimensions p and p + d/2)."""
+    return states * cos + rotate_half(states) * sin
 
 
 def seen(mask, new, length, device=None):

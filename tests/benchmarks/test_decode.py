@@ -4,10 +4,12 @@ from argparse import Namespace
 
 import pytest
 import torch
-from decode import attention_step, generate_step, numbers, random_cache, throughput_case
+from decode import attention_step, generate_step, random_cache, throughput_case
 from low_rank import LowRankAttention
 from speed import kept_heads, uneven_maps, versions
 from transformers import DynamicCache, LlamaConfig
+
+from dha_utils.compare.cost import cached_numbers
 
 
 @pytest.fixture
@@ -18,7 +20,7 @@ def config():
 
 @pytest.mark.parametrize("budget", [0.5, 0.25])
 def test_all_rivals_cache_the_same_share_to_the_byte(config, budget):
-    held = {name: numbers(random_cache(make(), 2, 10)) for name, make in versions(config, budget).items()}
+    held = {name: cached_numbers(random_cache(make(), 2, 10)) for name, make in versions(config, budget).items()}
     whole = {name: held.pop(name) for name in ("source", "source, our code")}
     assert set(whole.values()) == {2 * 10 * 2 * 8 * 4} and set(held.values()) == {int(budget * whole["source"])}
     assert set(held) == {"GQA", "DHA", "low rank"}
@@ -63,7 +65,7 @@ def test_what_fits_into_the_memory_is_the_largest_batch(config, monkeypatch):
     monkeypatch.setattr("decode.whole_models", lambda arguments, shape, budget: versions(config, budget))
     monkeypatch.setattr("decode.ProcessPoolExecutor", lambda *_: Alone())
     model = versions(config, 0.5)["source"]()
-    weights, one = sum(w.numel() * 4 for w in model.parameters()), numbers(random_cache(model, 1, 10)) * 4
+    weights, one = sum(w.numel() * 4 for w in model.parameters()), cached_numbers(random_cache(model, 1, 10)) * 4
     arguments = Namespace(memory_gib=(weights + 3.5 * one) / 2**30, new_tokens=2)
     [(_, said)] = throughput_case(arguments, "tiny", 0.5, "source", 10).values()
     assert said["batch"] == 3 and said["peak_gib"] == 1.5

@@ -1,4 +1,5 @@
 # make run    set up, then notebooks 01-05 on MODEL at BUDGET into runs/$(RUN)/; run again to resume
+# make report the decision for that run: notebook 06 as a page, runs/$(RUN)/report.html; make slides, make pdf
 # make test   set up, then ruff, pytest (also under the newest transformers that is allowed) and nbval
 MODEL ?= smollm2-135m
 TEXT ?= $(if $(filter austen-mha,$(MODEL)),austen,wikipedia)
@@ -34,10 +35,11 @@ PARAMETERS += -p calibration_blocks 16 -p validation_blocks 8
 SEARCH := -p search_steps 8
 LEARNING := -p fusion_tokens 4096 -p evaluations 2
 TRAINING := -p tokens 4096 -p evaluations 2 -p learning_rate 2e-4 -p pooled_learning_rate 5e-4
-CHART := -y "budgets: [0.67, 0.5, 0.34]"
+CHART := -y "budgets: [0.67, 0.5, 0.34]" -p context 4096
+ASKING := -p documents 8 -p items 60 -p context 4096
 endif
 
-.PHONY: setup check run sweep site lab test test-slow test-versions test-under-$(OLDEST) test-under-$(NEWEST) notebooks clean
+.PHONY: setup check run report slides pdf sweep site lab test test-slow test-versions test-under-$(OLDEST) test-under-$(NEWEST) notebooks clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -55,7 +57,7 @@ run: $(NOTEBOOKS:%=$(DIR)/%.ipynb)
 
 # Fetches the model, and says in one sentence what is wrong with a request
 check: setup
-	@$(BIN)/python -m dha_utils check $(PARAMETERS) $(SEARCH) $(LEARNING) $(TRAINING) $(CHART)
+	@$(BIN)/python -m dha_utils check $(PARAMETERS) $(SEARCH) $(LEARNING) $(TRAINING) $(CHART) $(ASKING)
 
 # A notebook appears under its name only when it is finished
 define execute
@@ -78,12 +80,25 @@ $(DIR)/04_continued_pretraining.ipynb: $(DIR)/03_head_fusion.ipynb
 $(DIR)/05_compression_vs_perplexity.ipynb: $(DIR)/04_continued_pretraining.ipynb
 	$(call execute,$(CHART))
 
+# The decision: notebook 06, its report and slides; SPEAK=ja for Japanese, ASK="-p items 400 ..." for its parameters
+SPEAK ?= en
+CHECKPOINT ?= recovered
+CHROME ?= chromium
+OTHER_TEXT ?= $(if $(filter wikipedia,$(TEXT)),austen,wikipedia)
+report slides: $(DIR)/04_continued_pretraining.ipynb
+	$(BIN)/papermill $(PARAMETERS) $(ASKING) -r language "$(SPEAK)" -r checkpoint "$(CHECKPOINT)" -r other_text "$(OTHER_TEXT)" $(ASK) \
+		notebooks/06_decision_report.ipynb $(DIR)/.partial-06_decision_report.ipynb
+	mv $(DIR)/.partial-06_decision_report.ipynb $(DIR)/06_decision_report.ipynb
+	$(BIN)/python docs/report.py $(DIR)/06_decision_report.ipynb
+pdf: report
+	$(CHROME) --headless --no-sandbox --no-pdf-header-footer --print-to-pdf=$(DIR)/report.pdf $(DIR)/report.html
+
 # The papermill batch: one run folder a budget
 sweep:
 	for budget in $(BUDGETS); do $(MAKE) run MODEL="$(MODEL)" TEXT="$(TEXT)" BUDGET=$$budget || exit 1; done
 
 # README, the notebooks as executed on the tutorial model and in $(DIR), the studies and the API, into runs/site/html
-site: run
+site: run report
 	$(BIN)/pip install -q -c constraints.txt -e .[site]
 	$(BIN)/pip install -q --no-deps sphinx-mathjax-offline==0.0.2
 	$(BIN)/papermill -r model "$(MODEL)" -p budget "$(BUDGET)" notebooks/00_start_here.ipynb $(DIR)/00_start_here.ipynb
@@ -115,7 +130,7 @@ test-under-$(OLDEST) test-under-$(NEWEST): test-under-%: .venv/transformers-%/re
 # Execute the committed notebooks again, in place (no bars in their outputs)
 notebooks: setup
 	rm -rf runs/tutorial
-	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/00_start_here.ipynb $(NOTEBOOKS:%=notebooks/%.ipynb) notebooks/studies/*.ipynb
+	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/0*.ipynb notebooks/studies/*.ipynb
 
 test-slow: setup
 	$(BIN)/pytest -m slow

@@ -25,10 +25,10 @@ from multiprocessing import get_context
 import torch
 from low_rank import LowRankAttention
 from speed import add_arguments, measure, shape_config, versions
-from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dha_utils.compare.cost import cache_bytes, cached_numbers
+from dha_utils.compare.decoding import generate_step, random_cache
 from dha_utils.model.dha import DhaAttention
 
 PARTS = ("attention", "generate", "throughput")
@@ -52,18 +52,6 @@ def parse_arguments():
     parser.add_argument("--context", type=int, default=4096, help="of throughput")
     parser.add_argument("--memory-gib", type=float, default=2.0, help="of throughput")
     return parser.parse_args()
-
-
-def random_cache(model, batch, context):
-    """A `DynamicCache` with random numbers for `context` tokens; each layer has the shape that the model fills it in."""
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model.model(torch.zeros(batch, 1, dtype=torch.long, device=model.device), past_key_values=cache)
-    for layer in cache.layers:
-        for name in ("keys", "values"):
-            states = getattr(layer, name)
-            setattr(layer, name, torch.randn(*states.shape[:2], context, states.shape[3]).to(states))
-    return cache
 
 
 def step_bytes(model, cache):
@@ -91,18 +79,11 @@ def attention_step(model, batch, context):
     return attend, said
 
 
-def generate_step(model, batch, context, new_tokens):
+def whole_step(model, batch, context, new_tokens):
     """(`generate` of `new_tokens` over a cache of `context`, {column: value})."""
     cache = random_cache(model, batch, context)
-    tokens = torch.zeros(batch, context + 1, dtype=torch.long, device=model.device)
-    how = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False, "past_key_values": cache}
     said = step_bytes(model, cache) | {"weight_bytes": weight_bytes(model), "batch": batch}
-
-    def step():
-        cache.crop(context - cache.get_seq_length())
-        model.generate(tokens, attention_mask=torch.ones_like(tokens), **how)
-
-    return step, said
+    return generate_step(model, cache, new_tokens), said
 
 
 def weight_bytes(model):
@@ -123,7 +104,7 @@ def whole_models(arguments, shape, budget):
 
 def generate_case(arguments, shape, budget, batch, context):
     models = whole_models(arguments, shape, budget)
-    return {name: generate_step(make(), batch, context, arguments.new_tokens) for name, make in models.items()}
+    return {name: whole_step(make(), batch, context, arguments.new_tokens) for name, make in models.items()}
 
 
 def throughput_case(arguments, shape, budget, name, context):
@@ -136,7 +117,7 @@ def throughput_case(arguments, shape, budget, name, context):
         return {}
     with ProcessPoolExecutor(1, get_context("spawn")) as alone:
         peak = alone.submit(peak_gib, arguments, shape, budget, name, batch, context).result()
-    step, said = generate_step(model, batch, context, arguments.new_tokens)
+    step, said = whole_step(model, batch, context, arguments.new_tokens)
     return {name: (step, said | {"peak_gib": peak})}
 
 
@@ -144,7 +125,7 @@ def peak_gib(arguments, shape, budget, method, batch, context):
     """The peak memory of decoding, of this process; on a GPU of its allocator."""
     torch.set_num_threads(arguments.threads)
     with torch.no_grad():
-        generate_step(whole_models(arguments, shape, budget)[method](), batch, context, arguments.new_tokens)[0]()
+        whole_step(whole_models(arguments, shape, budget)[method](), batch, context, arguments.new_tokens)[0]()
     if arguments.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

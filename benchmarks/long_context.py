@@ -1,6 +1,6 @@
 """Where fewer heads may hurt first: late positions, copying, a needle in a long text; before and after recovery.
 
-    python benchmarks/long_context.py                       # smollm2-135m at 67, 50 and 33 %; three hours on one core
+    python benchmarks/long_context.py                      # smollm2-135m at 67, 50 and 33 %; an hour and a half on one core
 
 For the source, and for DHA at each budget, refitted and then trained on the source's logits (`recovery.py`'s way):
 *position*: the LM loss by place in texts as long as the checkpoint's context; *copy*: the loss on the second half of a
@@ -34,8 +34,8 @@ def parse_arguments():
     parser.add_argument("--calibration-blocks", type=int, default=32)
     parser.add_argument("--length", type=int, default=512, help="tokens a block of calibration and training")
     parser.add_argument("--tokens", type=int, default=40960, help="of the recovery")
-    parser.add_argument("--texts", type=int, default=3, help="as long as the context")
-    parser.add_argument("--draws", type=int, default=8, help="of copies and needles")
+    parser.add_argument("--texts", type=int, default=2, help="as long as the context")
+    parser.add_argument("--draws", type=int, default=4, help="of copies and needles")
     parser.add_argument("--needle-length", type=int, default=2048)
     parser.add_argument("--device", default="cpu")
     return parsed(parser)

@@ -1,34 +1,20 @@
 """What `decode.py` and `prefill.py` share: random models of published shapes, DHA and its rivals, timed in turn."""
 
-import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from low_rank import LowRankAttention
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dha_utils.compare.cost import SHAPES
+from dha_utils.compare.decoding import seconds_in_turn
 from dha_utils.model.config import DhaConfig
 from dha_utils.model.dha import DhaForCausalLM
 from dha_utils.runs import append_rows, has_row
 from dha_utils.sources.precision import as_dtype, cast_weights, dtype_name
 
-SHAPES = {  # published: arXiv 2307.09288 (LLaMA-2), 2407.21783 (Llama 3), 2502.02737 (SmolLM2)
-    "SmolLM2-135M": (30, 576, 9, 3, 1536, 49152),
-    "Llama-3.2-1B": (16, 2048, 32, 8, 8192, 128256),
-    "LLaMA-2-7B": (32, 4096, 32, 32, 11008, 32000),
-    "Llama-3-8B": (32, 4096, 32, 8, 14336, 128256),
-}
-FIELDS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "vocab_size",
-)
 TIED = ("SmolLM2-135M", "Llama-3.2-1B")  # embeddings and head are one
 
 
@@ -43,7 +29,7 @@ def add_arguments(parser, study):
 
 def shape_config(name, **changes):
     """The `LlamaConfig` of a shape, with `changes` (num_hidden_layers=1 for a single layer)."""
-    fields = dict(zip(FIELDS, SHAPES[name])) | {"tie_word_embeddings": name in TIED, "max_position_embeddings": 2**17}
+    fields = SHAPES[name] | {"tie_word_embeddings": name in TIED, "max_position_embeddings": 2**17}
     return LlamaConfig(**fields | changes)
 
 
@@ -103,14 +89,6 @@ def versions(config, budget, device="cpu", dtype=torch.float32):
     return {name: partial(ready, make) for name, make in made.items()}
 
 
-def seconds_of(step, device):
-    start = time.perf_counter()
-    step()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 @torch.no_grad()
 def measure(arguments, case, make):
     """Append a row per method of one `case` ({column: value}), unless the CSV has it: median and quartiles of `seconds`.
@@ -125,11 +103,8 @@ def measure(arguments, case, make):
     torch.set_num_threads(arguments.threads)
     if not (made := make()):
         return
-    turns = [
-        [seconds_of(step, arguments.device) for step, _ in made.values()]
-        for _ in tqdm(range(arguments.repeats + 1), ", ".join(map(str, case.values())), leave=False)
-    ]
-    quartiles = np.quantile(turns[1:], [0.25, 0.5, 0.75], axis=0).T
+    seconds = seconds_in_turn({name: step for name, (step, _) in made.items()}, arguments.device, arguments.repeats)
+    quartiles = np.quantile(seconds, [0.25, 0.5, 0.75], axis=0).T
     append_rows(
         arguments.out,
         [

@@ -4,15 +4,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from dha_utils.compare import cost
 from dha_utils.plan.partition import EXACT_HEADS
 from dha_utils.plan.prices import MEASURED_TOKENS, head_grid
 from dha_utils.plots import COLORS, plain_log
 
-SHAPES = {  # published: arXiv 2307.09288 (LLaMA-2), 2407.21783 (Llama 3)
-    "LLaMA-2-7B": {"layers": 32, "hidden": 4096, "heads": 32, "key_value_heads": 32, "mlp": 11008, "vocabulary": 32000},
-    "LLaMA-2-13B": {"layers": 40, "hidden": 5120, "heads": 40, "key_value_heads": 40, "mlp": 13824, "vocabulary": 32000},
-    "Llama-3-8B": {"layers": 32, "hidden": 4096, "heads": 32, "key_value_heads": 8, "mlp": 14336, "vocabulary": 128256},
-    "Llama-3-70B": {"layers": 80, "hidden": 8192, "heads": 64, "key_value_heads": 8, "mlp": 28672, "vocabulary": 128256},
+NAMES = ("layers", "hidden", "heads", "key_value_heads", "mlp", "vocabulary")  # of the FIELDS, in conversion_cost.csv
+SHAPES = {
+    name: dict(zip(NAMES, cost.SHAPES[name].values()))
+    for name in ("LLaMA-2-7B", "LLaMA-2-13B", "Llama-3-8B", "Llama-3-70B")
 }
 ROUNDS = 2  # of gradient steps on an attention, and on a layer, that a refit takes; it stops where they no longer help
 FIT = 3  # a forward and a backward pass take about three forward passes

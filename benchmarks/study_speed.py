@@ -33,14 +33,16 @@ def speedups(rows):
 def speedup_chart(speeds, title):
     """`speedups` of one part and machine, a panel a budget: filled what was measured (with quartiles), hollow predicted."""
     budgets = sorted(speeds.index.unique("budget"), reverse=True)
-    figure, axes = plt.subplots(1, len(budgets), figsize=(12, 8.3), sharey=True, sharex=True, layout="constrained")
-    for axis, budget in zip(axes, budgets):
+    figure, axes = plt.subplots(
+        1, len(budgets), figsize=(12, 8.3), sharey=True, sharex=True, squeeze=False, layout="constrained"
+    )
+    for axis, budget in zip(axes[0], budgets):
         chosen = speeds.xs(budget, level="budget").reset_index()
         chosen["case"] = chosen["shape"] + ", batch " + chosen["batch"].astype(str) + ", " + chosen["context"].astype(str)
         cases = list(dict.fromkeys(chosen["case"]))
         for offset, (method, color) in enumerate(zip(METHODS, COLORS)):
             own = chosen[chosen["method"] == method]
-            height = own["case"].map(cases.index) + 0.2 * (offset - 1.5)
+            height = own["case"].map(cases.index).astype(float) + 0.2 * (offset - 1.5)
             spread = [own["measured_speedup"] - own["low_speedup"], own["high_speedup"] - own["measured_speedup"]]
             axis.errorbar(own["measured_speedup"], height, xerr=spread, fmt="o", color=color, label=method)
             axis.scatter(own["predicted_speedup"], height, facecolor="none", edgecolor=color, s=60)
@@ -48,8 +50,8 @@ def speedup_chart(speeds, title):
         axis.set(title=f"{budget:.0%} of the cache", xlabel="times as fast as the source (log scale)", xscale="log")
         axis.set_yticks(range(len(cases)), cases)
         plain_log(axis.xaxis)
-    axes[0].invert_yaxis()
-    axes[-1].legend(title="measured (hollow:\npredicted from bytes)")
+    axes[0, 0].invert_yaxis()
+    axes[0, -1].legend(title="measured (hollow:\npredicted from bytes)")
     figure.suptitle(title)
     return figure
 
@@ -71,3 +73,9 @@ def prefill_table(rows):
     """Seconds to the first token over the source's, one row a case, by length of the prompt."""
     seconds = rows.pivot(index=[*MACHINE, "shape", "layers", "budget", "length"], columns="method", values="seconds")
     return seconds.div(seconds["source"], axis=0)[[method for method in METHODS if method in seconds]]
+
+
+def cases(speeds, part):
+    """`speedups` of one part, without what is the same in all of its rows."""
+    chosen = speeds.xs(part, level="part")
+    return chosen.droplevel([name for name in (*MACHINE, "layers") if chosen.index.unique(name).size == 1])

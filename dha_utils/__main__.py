@@ -3,6 +3,7 @@
 python -m dha_utils convert --model smollm2-135m --budget 0.5 --out my-dha     # a layer at a time, for any size
 python -m dha_utils check -p model smollm2-135m -p run_dir runs/NAME           # one sentence if something is wrong
 python -m dha_utils table --run-dir runs/NAME
+python -m dha_utils monitor --baseline runs/NAME/baseline.json --model my-dha --text new.txt   # exits with 1 on drift
 
 `check` takes the parameters of the notebooks as papermill does, and those that are not given from the notebooks.
 """
@@ -12,12 +13,13 @@ import sys
 
 import yaml
 
+from .compare.monitor import check_drift, fresh_blocks, read_baseline
 from .convert import convert
 from .parameters import check_parameters, load_inputs, text_blocks
 from .plan.head_plan import HeadPlan
 from .runs import ROOT, read_metrics
-from .sources.checkpoints import find_checkpoint, load_tokenizer
-from .sources.precision import DTYPES
+from .sources.checkpoints import find_checkpoint, load_checkpoint, load_tokenizer
+from .sources.precision import DTYPES, pick_device
 from .sources.text import load_text
 
 # of the notebooks, where a command does not say
@@ -92,10 +94,42 @@ def convert_checkpoint(
     print(convert(model, calibration, out, validation=validation, text=text, plan=plan, **target, **options))
 
 
+def add_monitor(actions):
+    parser = actions.add_parser("monitor", help="measure a model again, beside the baseline that notebook 06 left")
+    parser.add_argument("--baseline", required=True, metavar="baseline.json")
+    parser.add_argument("--model", required=True, help="the folder of the checkpoint in use")
+    parser.add_argument("--text", required=True, help="of the kind that the baseline was measured on: a file or a folder")
+    parser.add_argument("--seed", type=int, default=0, help="of the blocks that are drawn from the text")
+    parser.add_argument("--device", help="by default CUDA or MPS if there is one")
+
+
+def monitor(action, baseline, model, text, seed, device):
+    """Prints the table; whether there is drift."""
+    expected = read_baseline(baseline)
+    loaded, tokenizer = load_checkpoint(model, expected["dtype"], pick_device(device))
+    blocks = fresh_blocks(tokenizer, text, expected["length"], expected["blocks"], seed)
+    table = check_drift(expected, loaded, blocks)
+    print(table.round(4).to_string())
+    for name, row in table[table["drift"]].iterrows():
+        what = expected["metrics"][name]["what"]
+        print(f"drift: {name} ({what}) is {row['now']:.4g}, above its limit of {row['limit']:.4g}")
+    return bool(table["drift"].any())
+
+
+def checked(arguments):
+    """The exit status of `monitor`: 1 is drift and nothing else, 2 that it could not be measured."""
+    try:
+        return int(monitor(**vars(arguments)))
+    except Exception as error:
+        print(f"error: {error}" if isinstance(error, ValueError) else f"error: {error!r}", file=sys.stderr)
+        return 2
+
+
 def main(command_line=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
     add_convert(actions)
+    add_monitor(actions)
     check = actions.add_parser("check", help="fetch the model, and look at everything that could go wrong later")
     check.add_argument("-p", dest="typed", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     check.add_argument("-r", dest="raw", nargs=2, action="append", default=[], metavar=("NAME", "TEXT"))
@@ -111,6 +145,8 @@ def main(command_line=None):
             load_inputs(**DEFAULTS | given)
         elif arguments.action == "convert":
             convert_checkpoint(**vars(arguments))
+        elif arguments.action == "monitor":
+            sys.exit(checked(arguments))
         else:
             print(read_metrics(ROOT / arguments.run_dir).round(3).to_string(index=False, na_rep=""))
     except ValueError as error:

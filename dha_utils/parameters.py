@@ -34,6 +34,7 @@ def optional(rule):
 
 NAME = "a name or a path, in quotes", lambda value: isinstance(value, str | Path) and str(value).strip() != ""
 POSITIVE = "a number above 0", lambda value: is_number(value) and value > 0
+LIMIT = "a share from 0 to 1 (0.15 for 15 %)", lambda value: is_number(value) and 0 <= value <= 1
 RULES = {  # the rule of each parameter: in words, and as a test
     "model": NAME,
     "text": NAME,
@@ -57,6 +58,35 @@ RULES = {  # the rule of each parameter: in words, and as a test
     "fusion_tokens": whole(1),
     "tokens": whole(1),
     "evaluations": whole(1),
+    "context": whole(1),
+    "batch_size": whole(1),
+    "checkpoint": one_of(("model", "recovered")),
+    "other_text": NAME,
+    "documents": whole(2),
+    "items": whole(1),
+    "task_folder": optional(NAME),
+    "prompts": (
+        "a list of texts to go on from",
+        lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(p, str) and p for p in value),
+    ),
+    "accelerators": (
+        "a dictionary, name: [memory in GB, bandwidth in GB/s, price an hour]",
+        lambda value: (
+            isinstance(value, dict)
+            and len(value) > 0
+            and all(
+                isinstance(v, list | tuple) and len(v) == 3 and all(is_number(x) and x > 0 for x in v)
+                for v in value.values()
+            )
+        ),
+    ),
+    "largest_increase": LIMIT,
+    "smallest_agreement": LIMIT,
+    "largest_task_drop": LIMIT,
+    "most_flips": LIMIT,
+    "smallest_saving": LIMIT,
+    "false_alarms": ("a number above 0 and below 1", lambda value: is_number(value) and 0 < value < 1),
+    "language": one_of(("en", "ja")),
     "learning_rate": POSITIVE,
     "pooled_learning_rate": POSITIVE,
 }
@@ -74,6 +104,8 @@ def check_parameters(**parameters):
         length = parameters.get("length", 0)
         if parameters.get(name, length) < length:
             raise ValueError(f"{name} must be at least the length of a block, {length}, not {parameters[name]}")
+    if "other_text" in parameters and parameters["other_text"] == parameters.get("text"):
+        raise ValueError(f"other_text must be another text than {parameters['text']!r}, which the model was fitted to")
     if parameters.get("cache_bytes") is not None and parameters.get("max_increase") is not None:
         raise ValueError("give cache_bytes or max_increase, not both: each says how many heads to keep")
 

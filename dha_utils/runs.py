@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -143,6 +146,29 @@ def rows_with(path, values):
 def has_row(path, values):
     """Whether `rows_with` finds any."""
     return len(rows_with(path, values)) > 0
+
+
+@contextmanager
+def spending(run, step, tokens):
+    """Notes in cost.csv what the block under `with` took: tokens, seconds, peak memory of this process until then (GiB)."""
+    start = time.perf_counter()
+    yield
+    took = {"step": step, "tokens": tokens, "seconds": time.perf_counter() - start, "peak (GiB)": peak_gib()}
+    rows = read_rows(run / "cost.csv")
+    rows = rows[rows["step"] != step] if len(rows) else rows
+    write_whole(run / "cost.csv", pd.concat([rows, pd.DataFrame([took])]).to_csv(index=False, float_format=f"%{DIGITS}"))
+
+
+def peak_gib():
+    """GiB of memory that this process had at most, with a GPU that of its allocator; not a number on Windows."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def append_rows(path, rows):

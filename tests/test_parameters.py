@@ -66,6 +66,16 @@ SENTENCES = {
     ("text", "FOLDER/short.txt"): "give more text",
     ("text", "no/such-text"): "cannot load text from 'no/such-text'",
     ("run_dir", "FOLDER/thesis"): "is a folder of something else than a run",
+    ("prompts", "Once"): "prompts must be a list of texts to go on from, not 'Once'",
+    (
+        "accelerators",
+        "80",
+    ): "accelerators must be a dictionary, name: [memory in GB, bandwidth in GB/s, price an hour]",
+    ("false_alarms", "0"): "false_alarms must be a number above 0 and below 1, not 0",
+    ("most_flips", "20"): "most_flips must be a share from 0 to 1 (0.15 for 15 %), not 20",
+    ("other_text", "FOLDER/text.txt"): "other_text must be another text than",
+    ("language", "fr"): "language must be one of en, ja, not 'fr'",
+    ("documents", "1"): "documents must be a whole number, at least 2, not 1",
     ("evaluation", "3"): "there is no parameter 'evaluation': choose from model",
 }
 

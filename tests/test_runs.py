@@ -7,7 +7,18 @@ import torch
 from conftest import tiny_llama
 
 from dha_utils.recover import training
-from dha_utils.runs import append_rows, has_row, leave, record_metrics, require, rows_with, write_run, write_whole
+from dha_utils.runs import (
+    append_rows,
+    has_row,
+    leave,
+    read_rows,
+    record_metrics,
+    require,
+    rows_with,
+    spending,
+    write_run,
+    write_whole,
+)
 
 
 def test_runs_are_named_by_content():
@@ -85,3 +96,16 @@ def test_what_is_left_of_another_plan_is_not_read(tmp_path):
     write_whole(tmp_path / "run.json", json.dumps({"cache_bytes": 3072}))
     with pytest.raises(ValueError, match="plan.json in .* was made from another run.json: run 02_head_clusters again"):
         require(tmp_path, "plan.json", "02_head_clusters")
+
+
+def test_what_a_step_took_is_noted_once(tmp_path):
+    for tokens in (5, 7):
+        with spending(tmp_path, "fit", tokens):
+            pass
+    with spending(tmp_path, "train", 9):
+        pass
+    with pytest.raises(KeyError), spending(tmp_path, "broken", 1):
+        raise KeyError
+    table = read_rows(tmp_path / "cost.csv")
+    assert dict(zip(table["step"], table["tokens"])) == {"fit": 7, "train": 9}
+    assert (table["seconds"] >= 0).all() and (table["peak (GiB)"] > 0.05).all()

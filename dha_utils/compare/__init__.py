@@ -1,1 +1,1 @@
-"""Notebook 05: the cost of a model, before and after."""
+"""Notebooks 05 and 06: the cost of a model, before and after, its behaviour, and the decision."""

@@ -118,8 +118,7 @@ class DhaAttention(LlamaAttention):
         Without one of its own for each new token, a token sees those before it.
         """
         new, length = query.shape[2], key.shape[2]
-        scores = self.key_groups.grouped(query * self.scaling) @ key.transpose(2, 3)
-        scores = self.key_groups.ungroup(scores, new)
+        scores = self.key_groups.products(query * self.scaling, key)
         mask = seen(attention_mask, new, length, query.device)
         if mask is not None:
             lowest = torch.finfo(scores.dtype).min

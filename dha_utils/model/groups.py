@@ -3,13 +3,19 @@
 import torch
 from torch import nn
 
+MANY = 8192  # keys of a head, all sequences together (benchmarks/decode.py: below, starting each product costs more)
+
 
 class QueryGroups(nn.Module):
-    """Which query heads share a head: `group` [heads] and, padded to the largest group, `members` [groups, size]."""
+    """Which query heads share a head: `group` [heads], and `members` [groups, size], padded to the largest group.
+
+    `sorted` [heads] has the query heads group by group, `rank` [heads] the place of each in it.
+    """
 
     def __init__(self, head_map):
         super().__init__()
         self.head_map, self.count = head_map, max(head_map) + 1
+        self.sizes = [head_map.count(group) for group in range(self.count)]
         register_tables(self)
 
     def tables(self):
@@ -17,7 +23,23 @@ class QueryGroups(nn.Module):
         size = max(map(len, members))
         place = [group * size + members[group].index(head) for head, group in enumerate(self.head_map)]
         padded = [heads + heads[:1] * (size - len(heads)) for heads in members]
-        return {name: torch.tensor(t) for name, t in [("group", self.head_map), ("members", padded), ("place", place)]}
+        ordered = sum(members, [])
+        rank = [ordered.index(head) for head in range(len(ordered))]
+        tables = {"group": self.head_map, "members": padded, "place": place, "sorted": ordered, "rank": rank}
+        return {name: torch.tensor(table) for name, table in tables.items()}
+
+    def products(self, query, key):
+        """The query heads [batch, heads, new, d] with all keys [batch, groups, length, d]: [batch, heads, new, length].
+
+        One product of all groups, padded. On a CPU, whose kernels are slow for a few rows, with much to read one for each
+        group, keys first.
+        """
+        new = query.shape[2]
+        if key.device.type != "cpu" or key.shape[0] * key.shape[2] < MANY:
+            return self.ungroup(self.grouped(query) @ key.transpose(2, 3), new)
+        parts = query[:, self.sorted].split(self.sizes, 1)
+        scores = [key[:, group] @ part.flatten(1, 2).transpose(1, 2) for group, part in enumerate(parts)]
+        return torch.cat([score.transpose(1, 2) for score in scores], 1).unflatten(1, (-1, new))[:, self.rank]
 
     def grouped(self, states):
         """[batch, heads, new, n] -> [batch, groups, size · new, n]"""

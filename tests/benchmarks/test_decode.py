@@ -4,12 +4,13 @@ from argparse import Namespace
 
 import pytest
 import torch
-from decode import attention_step, generate_step, random_cache, throughput_case
+from decode import attention_step, throughput_case
 from low_rank import LowRankAttention
 from speed import kept_heads, uneven_maps, versions
 from transformers import DynamicCache, LlamaConfig
 
 from dha_utils.compare.cost import cached_numbers
+from dha_utils.compare.decoding import generate_step, random_cache
 
 
 @pytest.fixture
@@ -56,7 +57,8 @@ def test_a_step_of_generate_can_be_repeated(config, monkeypatch):
     lengths, crop = [], DynamicCache.crop
     monkeypatch.setattr(DynamicCache, "crop", lambda cache, n: (crop(cache, n), lengths.append(cache.get_seq_length())))
     for make in versions(config, 0.5).values():
-        step, _ = generate_step(make(), 2, 10, 3)
+        model = make()
+        step = generate_step(model, random_cache(model, 2, 10), 3)
         step(), step()
     assert set(lengths) == {10} and len(lengths) == 10
 

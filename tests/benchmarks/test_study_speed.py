@@ -2,7 +2,7 @@
 
 import pandas as pd
 import pytest
-from study_speed import moved_bytes, prefill_table, speedups, throughput_table
+from study_speed import METHODS, cases, moved_bytes, prefill_table, speedup_chart, speedups, throughput_table
 
 CASE = {
     "shape": "s",
@@ -50,3 +50,9 @@ def test_rebuilt_keys_are_written_and_read(rows):
 def test_throughput_counts_the_batch(rows):
     table = throughput_table(rows).xs("DHA", level="method")
     assert table["tokens a second"].tolist() == [16] and table["times the source's"].tolist() == [4]
+
+
+def test_a_method_that_a_part_has_not_leaves_its_place_empty(rows):
+    figure = speedup_chart(cases(speedups(rows), "attention"), "title")
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["s, batch 2, 8"]
+    assert len(figure.axes[0].collections) >= len(METHODS)

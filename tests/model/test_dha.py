@@ -8,7 +8,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dha_utils import DhaConfig, DhaForCausalLM
 from dha_utils.measure.stream import causal_mask
+from dha_utils.model import groups
 from dha_utils.model.cache import DhaStaticCache
+
+
+@pytest.fixture(autouse=True, params=[groups.MANY, 0], ids=["one product", "a product a group"])
+def products(request, monkeypatch):
+    """Both ways to multiply queries and keys, whatever the length."""
+    monkeypatch.setattr(groups, "MANY", request.param)
 
 
 def dha(**changes):

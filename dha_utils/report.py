@@ -1,0 +1,144 @@
+"""The charts of notebook 06, and what it says in words; in English, or by `wording` in another language."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from .compare.wording import JAPANESE
+from .measure.perplexity import interval
+from .plots import COLORS, plain_log
+
+BEFORE, AFTER = COLORS[7], COLORS[0]  # the source, the converted model
+
+
+def wording(language="en"):
+    """`say(text, **figures)`: the English `text` in `language` (`en` or `ja`), figures put in; a table gets its names.
+
+    For Japanese, charts get a font that has its letters. Raises KeyError for a sentence that has no translation; names of
+    tables that have none, such as tasks and numbers, stay as they are.
+    """
+    translations = JAPANESE if language == "ja" else {}
+    if translations:
+        import matplotlib_fontja
+
+        matplotlib_fontja.japanize()
+
+    def name(text):
+        return translations.get(text, text)
+
+    def say(text, /, **figures):
+        if isinstance(text, pd.DataFrame):
+            table = text.map(lambda cell: name(cell) if isinstance(cell, str) else cell).rename(index=name, columns=name)
+            return table.rename_axis(index=list(map(name, text.index.names)), columns=list(map(name, text.columns.names)))
+        return (translations[text] if translations else text).format(**figures)
+
+    return say
+
+
+def document_ratios(tables, say):
+    """Perplexity over the source's: a dot a document, and the mean over documents with its interval, a row a kind of text.
+
+    `tables`: {kind of text: `by_document`}.
+    """
+    figure, axis = plt.subplots(figsize=(9, 1.4 + 0.9 * len(tables)), layout="constrained")
+    for row, (color, table) in enumerate(zip(COLORS, tables.values())):
+        ratios = np.exp(table["increase"])
+        axis.scatter(ratios, np.full(len(ratios), row), s=30, alpha=0.5, color=color)
+        mean, low, high = np.exp(interval(table["increase"]))
+        axis.errorbar(mean, row + 0.25, xerr=[[mean - low], [high - mean]], fmt="D", capsize=4, color=color)
+    axis.axvline(1, color="black", linestyle="--")
+    axis.set_yticks(range(len(tables)), list(tables))
+    axis.set(ylim=(len(tables) - 0.5, -0.5), xlabel=say("perplexity, times the source's (log scale)"), xscale="log")
+    plain_log(axis.xaxis)
+    axis.set_title(say("What the conversion costs, document by document (diamonds: mean and 95 % interval)"))
+    return figure
+
+
+def task_scores(table, say):
+    """Shares of right answers of source and model with their standard errors, a row a task; `table`: `compare_answers`."""
+    figure, axis = plt.subplots(figsize=(9, 1.4 + 0.6 * len(table)), layout="constrained")
+    for offset, name, color in ((-0.12, "source", BEFORE), (0.12, "model", AFTER)):
+        share = table[name].astype(float)
+        error = np.sqrt(share * (1 - share) / table["items"].astype(float))
+        label = say("source") if name == "source" else say("converted model")
+        axis.errorbar(share, np.arange(len(table)) + offset, xerr=error, fmt="o", capsize=3, color=color, label=label)
+    axis.set_yticks(range(len(table)), table.index)
+    axis.set(ylim=(len(table) - 0.5, -0.5), xlim=(0, 1), xlabel=say("share of right answers (bars: standard error)"))
+    axis.set_title(say("The same questions, before and after"))
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def share_map(before, after, say):
+    """Change of each head's share in what its layer's attention adds (percentage points), from `head_shares`."""
+    change = 100 * (after - before)
+    figure, axis = plt.subplots(figsize=(min(2.5 + 0.6 * change.shape[1], 11), min(1.8 + 0.35 * len(change), 9)))
+    reach = max(abs(change).max(), 1e-9)
+    sns.heatmap(
+        change,
+        ax=axis,
+        cmap="vlag",
+        vmin=-reach,
+        vmax=reach,
+        cbar_kws={"label": say("change of its share (percentage points)")},
+        annot=change.size <= 100,
+        fmt=".0f",
+    )
+    axis.set(xlabel=say("query head"), ylabel=say("layer"), title=say("Which heads say more, or less, than before"))
+    figure.tight_layout()
+    return figure
+
+
+def serving_chart(served, title, say):
+    """Requests that fit, source and converted model side by side: a panel an accelerator, a row a model; from `serving`."""
+    accelerators = served.index.unique("accelerator")
+    figure, axes = plt.subplots(1, len(accelerators), figsize=(12, 3.6), sharey=True, squeeze=False, layout="constrained")
+    for axis, accelerator in zip(axes[0], accelerators):
+        requests = served.xs(accelerator, level="accelerator")["requests"].unstack("heads kept", sort=False)
+        for offset, share, color in zip((-0.2, 0.2), requests, (BEFORE, AFTER)):
+            bars = axis.barh(np.arange(len(requests)) + offset, requests[share], 0.38, color=color, label=share)
+            axis.bar_label(bars, [f"{n:,.0f}" for n in requests[share]], padding=2, fontsize=9)
+        axis.set_yticks(range(len(requests)), requests.index)
+        axis.set(title=accelerator, xlabel=say("requests"), xscale="symlog")
+        axis.margins(x=0.25)
+    axes[0, 0].invert_yaxis()
+    axes[0, -1].legend(title=say("heads kept"), loc="lower right")
+    figure.suptitle(title)
+    return figure
+
+
+def gate_chart(table, say):
+    """Each gate's interval as a share of what it allows: 1 is the limit, left of it is well. `table`: of `decision`."""
+    figure, axis = plt.subplots(figsize=(9, 1.4 + 0.5 * len(table)), layout="constrained")
+    colors = {"GO": COLORS[2], "NO-GO": COLORS[3], "CANNOT TELL": COLORS[1]}
+    for place, row in enumerate(table.to_dict("records")):
+        measured, low, high = (used(row[column], row) for column in ("measured", "low", "high"))
+        low, high = sorted((low, high))
+        axis.plot([low, high], [place, place], color=colors[row["verdict"]], linewidth=3)
+        axis.plot(measured, place, "o", color=colors[row["verdict"]])
+        axis.text(1.02, place, say(row["verdict"]), transform=axis.get_yaxis_transform(), va="center")
+    axis.axvline(1, color="black", linestyle="--")
+    axis.set_yticks(range(len(table)), table.index)
+    axis.set(ylim=(len(table) - 0.5, -0.5), xlim=(0, None), xlabel=say("share of what the gate allows (1: its limit)"))
+    axis.set_title(say("Gates: measured, with 95 % intervals"))
+    return figure
+
+
+def used(value, row):
+    """How much of what its gate allows a value uses up: with `at least`, of the way from 1 down to the limit."""
+    if row["must be"] == "at most":
+        return value / row["limit"] if row["limit"] else float(value > 0)
+    return (1 - value) / (1 - row["limit"]) if row["limit"] < 1 else float(value < 1)
+
+
+def worst_contexts(tokenizer, blocks, tokens, say, count=5, before=16):
+    """Where the two models differ most: the text before, the true token, what each expected; from `token_drift`."""
+    rows = []
+    for row in tokens.nlargest(count, "kl").itertuples():
+        block = blocks[row.block]
+        said = tokenizer.decode(block[max(row.position - before, 0) : row.position])
+        words = (tokenizer.decode([token]) for token in (block[row.position], row.source_best, row.best))
+        names = ("true token", "source expects", "model expects")
+        rows.append({"text before": repr(said)} | dict(zip(names, map(repr, words))) | {"KL (nats)": round(row.kl, 2)})
+    return say(pd.DataFrame(rows))

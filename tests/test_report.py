@@ -1,0 +1,97 @@
+"""The report, the slides and the words of notebook 06."""
+
+import ast
+import re
+import runpy
+import string
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import torch
+
+from dha_utils.compare.decision import gate
+from dha_utils.compare.wording import JAPANESE
+from dha_utils.report import used, wording, worst_contexts
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "notebooks" / "06_decision_report.ipynb"
+report = runpy.run_path(str(ROOT / "docs" / "report.py"))
+
+
+def fields(text):
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name}
+
+
+@pytest.mark.parametrize("english", JAPANESE)
+def test_a_translation_has_the_figures_of_its_sentence(english):
+    assert fields(english) == fields(JAPANESE[english])
+
+
+def said(source):
+    """The texts that a piece of code says: `say("…")`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "say" and isinstance(node.args[0], ast.Constant):
+            yield node.args[0].value
+
+
+def test_everything_that_is_said_is_translated():
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    sources = [cell.source for cell in cells if cell.cell_type == "code"]
+    sources.append((ROOT / "dha_utils" / "report.py").read_text())
+    texts = {text for source in sources for text in said(source)}
+    assert len(texts) > 20 and not texts - JAPANESE.keys()
+    assert all(cell.metadata["ja"].strip() for cell in cells if cell.cell_type == "markdown")
+
+
+def test_five_slides_and_the_decision_first():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    slides = report["slides_of"](report["in_language"](notebook, "en")).cells
+    headings = [cell.source.split("\n")[0] for cell in slides if cell.metadata["slideshow"]["slide_type"] == "slide"]
+    assert len(headings) == 5 and "Decision" in headings[-1]
+    cells = report["report_of"](report["in_language"](notebook, "en")).cells
+    assert cells[0].source.startswith("# ") and cells[1].source == "## Decision"
+    assert not any("## Try this" in cell.source for cell in cells)
+
+
+def test_the_pages_are_made_in_the_language_of_the_run(tmp_path, monkeypatch):
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.metadata["papermill"] = {"parameters": {"language": "ja"}}
+    nbformat.write(notebook, tmp_path / "06_decision_report.ipynb")
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path / "06_decision_report.ipynb")])
+    report["main"]()
+    page = (tmp_path / "report.html").read_text()
+    assert "判定" in page and "open_run(" not in page
+    assert not re.findall(r'(?:src|href)="https?:|import\("http', page), "fetched from elsewhere"
+    assert "reveal" in (tmp_path / "slides.html").read_text()
+
+
+def test_a_sentence_needs_its_translation_a_name_does_not():
+    say = wording("ja")
+    assert say("all {count} gates hold.", count=3) == "3 個のゲートすべてを満たしています。"
+    with pytest.raises(KeyError):
+        say("never translated")
+    table = say(pd.DataFrame({"must be": ["at most"], "x": [1]}, index=pd.Index(["sciq"], name="task")))
+    assert table.columns.tolist() == ["条件", "x"] and table.iloc[0, 0] == "以下"
+    assert table.index.name == "課題" and table.index.tolist() == ["sciq"]
+    assert wording("en")("all {count} gates hold.", count=3) == "all 3 gates hold."
+
+
+@pytest.mark.parametrize("most", [True, False])
+def test_at_its_limit_a_gate_is_used_up(most):
+    assert used(0.25, gate(0.25, 0.25, 0.25, 0.25, most)) == pytest.approx(1)
+    better, worse = (0.2, 0.3) if most else (0.3, 0.2)
+    assert used(better, gate(0, 0, 0, 0.25, most)) < 1 < used(worse, gate(0, 0, 0, 0.25, most))
+
+
+class Letters:
+    def decode(self, tokens):
+        return "".join(chr(97 + int(token)) for token in tokens)
+
+
+def test_the_worst_context_comes_first():
+    blocks = torch.arange(8).view(2, 4)
+    tokens = pd.DataFrame({"block": [0, 1], "position": [2, 3], "kl": [0.5, 3.0], "source_best": [1, 0], "best": [2, 5]})
+    table = worst_contexts(Letters(), blocks, tokens, wording(), count=1)
+    assert table.iloc[0].tolist() == ["'efg'", "'h'", "'a'", "'f'", 3.0]

@@ -37,7 +37,7 @@ def speedup_chart(speeds, title):
         1, len(budgets), figsize=(12, 8.3), sharey=True, sharex=True, squeeze=False, layout="constrained"
     )
     for axis, budget in zip(axes[0], budgets):
-        chosen = speeds.xs(budget, level="budget").reset_index()
+        chosen = speeds.xs(budget, level="budget").reset_index().sort_values(["shape", "batch", "context"])
         chosen["case"] = chosen["shape"] + ", batch " + chosen["batch"].astype(str) + ", " + chosen["context"].astype(str)
         cases = list(dict.fromkeys(chosen["case"]))
         for offset, (method, color) in enumerate(zip(METHODS, COLORS)):
@@ -51,7 +51,8 @@ def speedup_chart(speeds, title):
         axis.set_yticks(range(len(cases)), cases)
         plain_log(axis.xaxis)
     axes[0, 0].invert_yaxis()
-    axes[0, -1].legend(title="measured (hollow:\npredicted from bytes)")
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, title="measured (hollow: predicted from bytes)", loc="outside lower center", ncols=len(METHODS))
     figure.suptitle(title)
     return figure
 

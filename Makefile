@@ -39,7 +39,7 @@ CHART := -y "budgets: [0.67, 0.5, 0.34]" -p context 4096
 ASKING := -p documents 8 -p items 60 -p context 4096
 endif
 
-.PHONY: setup check run report slides pdf sweep site lab test test-slow test-versions test-under-$(OLDEST) test-under-$(NEWEST) notebooks clean
+.PHONY: FORCE setup check run report slides pdf sweep site lab test test-slow test-versions test-under-$(OLDEST) test-under-$(NEWEST) notebooks clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -85,11 +85,11 @@ SPEAK ?= en
 CHECKPOINT ?= recovered
 CHROME ?= chromium
 OTHER_TEXT ?= $(if $(filter wikipedia,$(TEXT)),austen,wikipedia)
-report slides: $(DIR)/04_continued_pretraining.ipynb
-	$(BIN)/papermill $(PARAMETERS) $(ASKING) -r language "$(SPEAK)" -r checkpoint "$(CHECKPOINT)" -r other_text "$(OTHER_TEXT)" $(ASK) \
-		notebooks/06_decision_report.ipynb $(DIR)/.partial-06_decision_report.ipynb
-	mv $(DIR)/.partial-06_decision_report.ipynb $(DIR)/06_decision_report.ipynb
-	$(BIN)/python docs/report.py $(DIR)/06_decision_report.ipynb
+$(DIR)/06_decision_report.ipynb: $(DIR)/04_continued_pretraining.ipynb FORCE
+	$(call execute,$(ASKING) -r language "$(SPEAK)" -r checkpoint "$(CHECKPOINT)" -r other_text "$(OTHER_TEXT)" $(ASK))
+FORCE:
+report slides: $(DIR)/06_decision_report.ipynb
+	$(BIN)/python docs/report.py $<
 pdf: report
 	$(CHROME) --headless --no-sandbox --no-pdf-header-footer --print-to-pdf=$(DIR)/report.pdf $(DIR)/report.html
 

@@ -12,7 +12,6 @@ refitted. Cases that the CSV already has are not measured again.
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dha_utils import convert, load_text, token_blocks
-from dha_utils.runs import append_rows, has_row
+from dha_utils.runs import append_rows, has_row, peak_gib
 from dha_utils.sources.checkpoints import DATA, find_checkpoint, load_tokenizer
 from dha_utils.sources.output import write_index
 
@@ -86,9 +85,7 @@ def measured(case, layers, blocks, length, device):
         def run(*arguments, **named):
             begin = time.perf_counter()
             result = function(*arguments, **named)
-            host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            peak = host if device == "cpu" else torch.cuda.max_memory_allocated() / 2**30
-            rows.append({"stage": stage, "seconds": time.perf_counter() - begin, "peak_gib": peak})
+            rows.append({"stage": stage, "seconds": time.perf_counter() - begin, "peak_gib": peak_gib()})
             return result
 
         return run

@@ -16,7 +16,6 @@ in one process, but for throughput, where one has the memory to itself; cases th
 """
 
 import argparse
-import resource
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
@@ -30,6 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from dha_utils.compare.cost import cache_bytes, cached_numbers
 from dha_utils.compare.decoding import generate_step, random_cache
 from dha_utils.model.dha import DhaAttention
+from dha_utils.runs import peak_gib
 
 PARTS = ("attention", "generate", "throughput")
 
@@ -116,19 +116,17 @@ def throughput_case(arguments, shape, budget, name, context):
     if batch < 1:
         return {}
     with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-        peak = alone.submit(peak_gib, arguments, shape, budget, name, batch, context).result()
+        peak = alone.submit(decoding_peak, arguments, shape, budget, name, batch, context).result()
     step, said = whole_step(model, batch, context, arguments.new_tokens)
     return {name: (step, said | {"peak_gib": peak})}
 
 
-def peak_gib(arguments, shape, budget, method, batch, context):
-    """The peak memory of decoding, of this process; on a GPU of its allocator."""
+def decoding_peak(arguments, shape, budget, method, batch, context):
+    """GiB that decoding takes at most, if this process does nothing else."""
     torch.set_num_threads(arguments.threads)
     with torch.no_grad():
         whole_step(whole_models(arguments, shape, budget)[method](), batch, context, arguments.new_tokens)[0]()
-    if arguments.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_gib()
 
 
 def default_budgets(shape):

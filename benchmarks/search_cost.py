@@ -9,7 +9,6 @@ its optimum: the worst and the mean ratio over the numbers of heads kept. (The l
 """
 
 import argparse
-import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from dha_utils.measure.energies import HeadEnergies
 from dha_utils.plan.many_heads import Groups, ValueGroups, many_partitions
 from dha_utils.plan.partition import enumerated
-from dha_utils.runs import append_rows, has_row
+from dha_utils.runs import append_rows, has_row, peak_gib
 
 HERE = Path(__file__).parent
 
@@ -81,7 +80,7 @@ def measured(heads, d, seed):
         found[kind, way] = [cost for cost, _ in search()][:-1]
         row = {"heads": heads, "head_dim": d, "seed": seed, "threads": torch.get_num_threads(), "kind": kind, "search": way}
         row["seconds"] = time.perf_counter() - begin
-        row["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        row["peak_gib"] = peak_gib()
         rows.append(row)
     for row in rows:
         if (exact := found.get((row["kind"], "exact"))) and row["search"] == "fast":

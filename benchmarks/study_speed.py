@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 
+from dha_utils.compare.decoding import CACHE_MOVES
 from dha_utils.plots import COLORS, plain_log
 
 MACHINE = ["dtype", "device", "threads"]
@@ -12,8 +13,8 @@ METHODS = ["source, our code", "GQA", "DHA", "low rank"]
 def moved_bytes(rows):
     """Bytes that one step moves, at least: the weights and the cache are read; `generate` also copies the cache, to which
     a `DynamicCache` appends by writing it anew; keys that are rebuilt are written and read."""
-    copies = rows["part"].eq("attention").map({True: 1, False: 3})
-    return rows["weight_bytes"] + copies * rows["cache_bytes"] + 2 * rows["rebuilt_bytes"]
+    moves = rows["part"].eq("attention").map({True: 1, False: CACHE_MOVES})
+    return rows["weight_bytes"] + moves * rows["cache_bytes"] + 2 * rows["rebuilt_bytes"]
 
 
 def speedups(rows):
@@ -80,3 +81,21 @@ def cases(speeds, part):
     """`speedups` of one part, without what is the same in all of its rows."""
     chosen = speeds.xs(part, level="part")
     return chosen.droplevel([name for name in (*MACHINE, "layers") if chosen.index.unique(name).size == 1])
+
+
+def speed_range(speeds, budget):
+    """“1.25 to 3.33”: how many times as fast as the source DHA is, over the `cases` of a budget."""
+    measured = speeds.xs("DHA", level="method").xs(budget, level="budget")["measured_speedup"]
+    return f"{measured.min():.2f} to {measured.max():.2f}"
+
+
+def in_memory(throughput, budget):
+    """What the larger batch of DHA gives in the same memory, the end of a sentence; nothing where it was not measured."""
+    rows = throughput[throughput.index.get_level_values("budget") == budget].groupby("method").first()
+    if rows.empty:
+        return ""
+    fits, times = rows["sequences that fit"], rows.loc["DHA", "times the source's"]
+    return (
+        f"; in the same memory, {times:.2f} times as many tokens a second ({fits['DHA']:.0f} sequences instead of "
+        f"{fits['source']:.0f}, of one shape)"
+    )

@@ -142,3 +142,42 @@ def worst_contexts(tokenizer, blocks, tokens, say, count=5, before=16):
         names = ("true token", "source expects", "model expects")
         rows.append({"text before": repr(said)} | dict(zip(names, map(repr, words))) | {"KL (nats)": round(row.kl, 2)})
     return say(pd.DataFrame(rows))
+
+
+def roll_out(say, verdict, baseline, path, name, kept, asked, measured):
+    """A checklist (markdown) from this report to all users and back, with the figures that each step has to meet.
+
+    `baseline`, at `path`: of `write_baseline`; `kept`: share of the cache; `asked`, `measured`: agreement with the source.
+    """
+    loss, rate = baseline["metrics"]["loss"], baseline["false_alarms"]
+    steps = {
+        "offline": say(
+            "This report: {verdict}; {name} at {kept:.0%} of its cache.", verdict=say(verdict), name=name, kept=kept
+        ),
+        "shadow traffic": say(
+            "Answer a copy of real requests, show nobody. "
+            "Agreement with the source at least {agreement:.0%}; here {measured:.0%}.",
+            agreement=asked,
+            measured=measured,
+        ),
+        "canary": say(
+            "A small share of users. LM loss at most {limit:.3f} nats a token (here {mean:.3f}); "
+            "memory a request {share:.0%} of the source's.",
+            limit=loss["limit"],
+            mean=loss["mean"],
+            share=kept,
+        ),
+        "full": say(
+            "`python -m dha_utils monitor --baseline {path} --model … --text …` on fresh text: "
+            "exits with 1 on drift; of an unchanged model in {rate:.1%} of checks.",
+            path=path,
+            rate=rate,
+        ),
+        "way back": say(
+            "The source's weights stay where they are: requests go back to it. "
+            "Its cache is {times:.1f} times as large, so room for that stays reserved.",
+            times=1 / kept,
+        ),
+    }
+    ticks = {"offline": "x"}
+    return "\n".join(f"- [{ticks.get(step, ' ')}] **{say(step)}.** {text}" for step, text in steps.items())

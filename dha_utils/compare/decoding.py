@@ -7,6 +7,10 @@ import pandas as pd
 import torch
 from transformers import DynamicCache
 
+CACHE_MOVES = (
+    3  # of a cache in a step of `generate`: read, and by a `DynamicCache` written anew for what it appends, from a read
+)
+
 
 def random_cache(model, batch_size, context):
     """A `DynamicCache` with random numbers for `context` tokens; each layer has the shape that the model fills it in."""

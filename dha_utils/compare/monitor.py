@@ -75,9 +75,13 @@ def read_baseline(path):
     """Raises ValueError if the file is not there, or no baseline."""
     try:
         baseline = json.loads(Path(path).read_text())
-        for metric in baseline["metrics"].values():
-            metric["mean"], metric["limit"], metric["what"]
-        return baseline | {name: baseline[name] for name in ("blocks", "length", "dtype")}
+        parts = (
+            ({"blocks", "length", "dtype"}, baseline),
+            *(({"mean", "limit", "what"}, m) for m in baseline["metrics"].values()),
+        )
+        if missing := sorted(set().union(*(names - part.keys() for names, part in parts))):
+            raise KeyError(*missing)
+        return baseline
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a baseline.json of notebook 06 ({type(error).__name__}: {error})") from error
 

@@ -16,7 +16,7 @@ $(if $(or $(word 2,$(RUN)),$(findstring %,$(RUN))),$(error RUN names a folder wi
 BUDGETS ?= 0.75 0.5 0.34
 PYTHON ?= python3
 # glibc: what a freed tensor held goes back to the system, not into a heap that only grows (a fifth of the peak memory)
-export MALLOC_MMAP_THRESHOLD_ := 1048576
+export MALLOC_MMAP_THRESHOLD_ := 16777216
 
 BIN := .venv/bin
 DIR := runs/$(RUN)
@@ -25,6 +25,8 @@ OLDEST := 5.23.0
 NEWEST := 5.24.0
 LEANING := tests/model/test_transformers.py tests/model/test_dha.py tests/model/test_cache.py tests/measure tests/fuse tests/recover tests/paper/test_linear.py \
 	tests/test_dtypes.py
+# Two tests at a time on one thread each: tiny models gain nothing from more
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope
 NOTEBOOKS := 01_head_redundancy 02_head_clusters 03_head_fusion 04_continued_pretraining 05_compression_vs_perplexity
 LENGTH := 256
 PARAMETERS = -r model "$(MODEL)" -r text "$(TEXT)" -p budget "$(BUDGET)" -r run_dir $(DIR) -p length $(LENGTH) $(TARGET) $(PLACE)
@@ -111,7 +113,7 @@ lab: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest
+	$(PYTEST)
 	$(MAKE) test-under-$(NEWEST)
 	rm -rf runs/tutorial
 	$(BIN)/pytest --nbval notebooks
@@ -121,7 +123,7 @@ test-versions: test-under-$(OLDEST) test-under-$(NEWEST)
 # The environment as it is, with another transformers before its own
 test-under-$(OLDEST) test-under-$(NEWEST): test-under-%: .venv/transformers-%/ready
 	PYTHONPATH=$(<D) $(BIN)/python -c "import transformers; assert transformers.__version__ == '$*'"
-	PYTHONPATH=$(<D) $(BIN)/pytest $(LEANING)
+	PYTHONPATH=$(<D) $(PYTEST) $(LEANING)
 
 .venv/transformers-%/ready: .venv/ready
 	$(BIN)/pip install -q --no-deps --upgrade --target $(@D) transformers==$*

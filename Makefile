@@ -82,12 +82,14 @@ $(DIR)/04_continued_pretraining.ipynb: $(DIR)/03_head_fusion.ipynb
 $(DIR)/05_compression_vs_perplexity.ipynb: $(DIR)/04_continued_pretraining.ipynb
 	$(call execute,$(CHART))
 
-# The decision: notebook 06, its report and slides; SPEAK=ja for Japanese, ASK="-p items 400 ..." for its parameters
+# The decision: notebook 06, its report and slides; SPEAK=ja for Japanese, ASK="-p items 400 ..." for its parameters,
+# CHECKPOINT=my-dha for a model made elsewhere (by python -m dha_utils convert), which needs no run
 SPEAK ?= en
 CHECKPOINT ?= recovered
 CHROME ?= chromium
 OTHER_TEXT ?= $(if $(filter wikipedia,$(TEXT)),austen,wikipedia)
-$(DIR)/06_decision_report.ipynb: $(DIR)/04_continued_pretraining.ipynb FORCE
+MADE_BY = $(if $(filter recovered,$(CHECKPOINT)),$(DIR)/04_continued_pretraining.ipynb,$(if $(filter model,$(CHECKPOINT)),$(DIR)/03_head_fusion.ipynb))
+$(DIR)/06_decision_report.ipynb: $(MADE_BY) FORCE | check
 	$(call execute,$(ASKING) -r language "$(SPEAK)" -r checkpoint "$(CHECKPOINT)" -r other_text "$(OTHER_TEXT)" $(ASK))
 FORCE:
 report slides: $(DIR)/06_decision_report.ipynb

@@ -44,11 +44,11 @@ def parse_arguments():
 def by_position(model, blocks):
     """One row a block [length] and span of positions: the mean loss of the tokens there."""
     rows = []
-    for text, losses in enumerate(token_losses(model, block[None])[0] for block in blocks):
+    for draw, losses in enumerate(token_losses(model, block[None])[0] for block in blocks):
         for low, high in zip(EDGES, EDGES[1:]):
             if low <= len(losses):
                 rows.append(
-                    {"task": "position", "place": low, "text": text, "loss": losses[low - 1 : high - 1].mean().item()}
+                    {"task": "position", "place": low, "draw": draw, "loss": losses[low - 1 : high - 1].mean().item()}
                 )
     return rows
 
@@ -57,16 +57,16 @@ def by_copy(model, blocks):
     """The loss on a passage [n] of text that the model has read n tokens before."""
     rows = []
     for lag in LAGS:
-        for text, block in enumerate(blocks):
+        for draw, block in enumerate(blocks):
             losses = token_losses(model, block[:lag].repeat(2)[None])[0]
-            rows.append({"task": "copy", "place": lag, "text": text, "loss": losses[lag:].mean().item()})
+            rows.append({"task": "copy", "place": lag, "draw": draw, "loss": losses[lag:].mean().item()})
     return rows
 
 
 def by_needle(model, tokenizer, blocks):
     """The loss on a number named at some depth of a text, asked for at its end; as often as there are `blocks`."""
     rows, random = [], torch.Generator().manual_seed(0)
-    for text, block in enumerate(blocks):
+    for draw, block in enumerate(blocks):
         number = str(torch.randint(10000, 100000, (1,), generator=random).item())
         needle, question = (
             tokenizer(said, add_special_tokens=False, return_tensors="pt").input_ids[0]
@@ -81,7 +81,7 @@ def by_needle(model, tokenizer, blocks):
             before = int(depth * len(block))
             whole = torch.cat([block[:before], needle, block[before:], question])
             losses = token_losses(model, whole[None])[0]
-            rows.append({"task": "needle", "place": depth, "text": text, "loss": losses[-asked:].mean().item()})
+            rows.append({"task": "needle", "place": depth, "draw": draw, "loss": losses[-asked:].mean().item()})
     return rows
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from .fuse.model import METHODS
 from .plan.allocate import budget_for_cache, heads_for_budget
 from .recover.pretrain import TRAINABLE
-from .runs import check_run, fingerprint, write_run
+from .runs import MADE_BY, check_run, fingerprint, require, write_run
 from .sources.checkpoints import load_checkpoint
 from .sources.families import check_source
 from .sources.precision import DTYPES, dtype_name, pick_device
@@ -60,7 +60,7 @@ RULES = {  # the rule of each parameter: in words, and as a test
     "evaluations": whole(1),
     "context": whole(1),
     "batch_size": whole(1),
-    "checkpoint": one_of(("model", "recovered")),
+    "checkpoint": NAME,
     "other_text": NAME,
     "documents": whole(2),
     "items": whole(1),
@@ -167,3 +167,21 @@ def open_run(run_dir, **parameters):
     """
     settings, *inputs = load_inputs(run_dir, **parameters)
     return write_run(run_dir, settings), *inputs
+
+
+def converted_model(run, checkpoint, source, tokenizer):
+    """The model that a report is about: `model` or `recovered` of the run, or any DHA checkpoint made from `source`.
+
+    Raises ValueError if it is not there, or not of that source's shape and tokens.
+    """
+    place = require(run, checkpoint, MADE_BY[checkpoint]) if checkpoint in MADE_BY else checkpoint
+    converted, own = load_checkpoint(place, source.dtype, source.device)
+    shapes = [
+        (m.config.vocab_size, m.config.num_hidden_layers, m.config.num_attention_heads, m.config.head_dim, t.get_vocab())
+        for m, t in ((source, tokenizer), (converted, own))
+    ]
+    if converted.config.model_type != "dha" or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"checkpoint must be {' or '.join(MADE_BY)}, or a DHA model made from this source, not {checkpoint!r}"
+        )
+    return converted

@@ -7,7 +7,7 @@ import seaborn as sns
 
 from .compare.wording import JAPANESE
 from .measure.perplexity import interval
-from .plots import COLORS, plain_log
+from .plots import COLORS
 
 BEFORE, AFTER = COLORS[7], COLORS[0]  # the source, the converted model
 
@@ -49,8 +49,7 @@ def document_ratios(tables, say):
         axis.errorbar(mean, row + 0.25, xerr=[[mean - low], [high - mean]], fmt="D", capsize=4, color=color)
     axis.axvline(1, color="black", linestyle="--")
     axis.set_yticks(range(len(tables)), list(tables))
-    axis.set(ylim=(len(tables) - 0.5, -0.5), xlabel=say("perplexity, times the source's (log scale)"), xscale="log")
-    plain_log(axis.xaxis)
+    axis.set(ylim=(len(tables) - 0.5, -0.5), xlabel=say("perplexity, times the source's"))
     axis.set_title(say("What the conversion costs, document by document (diamonds: mean and 95 % interval)"))
     return figure
 
@@ -82,7 +81,7 @@ def share_map(before, after, say):
         vmin=-reach,
         vmax=reach,
         cbar_kws={"label": say("change of its share (percentage points)")},
-        annot=change.size <= 100,
+        annot=np.round(change) + 0.0 if change.size <= 100 else False,  # no -0
         fmt=".0f",
     )
     axis.set(xlabel=say("query head"), ylabel=say("layer"), title=say("Which heads say more, or less, than before"))

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ".6g"  # of the numbers in the CSVs
 MEASURED_BY = {"source": "01_head_redundancy", "trained": "04_continued_pretraining"}
 MEASURED_BY |= dict.fromkeys(("untrained", "learned"), "03_head_fusion")
+MADE_BY = {"model": "03_head_fusion", "recovered": "04_continued_pretraining"}
 NO_CONTENT = ("_name_or_path", "transformers_version", "use_cache")  # of a config
 AGAIN = " (make run does so once its .ipynb is deleted from the run folder)"
 
@@ -157,6 +158,13 @@ def spending(run, step, tokens):
     rows = read_rows(run / "cost.csv")
     rows = rows[rows["step"] != step] if len(rows) else rows
     write_whole(run / "cost.csv", pd.concat([rows, pd.DataFrame([took])]).to_csv(index=False, float_format=f"%{DIGITS}"))
+
+
+def spent_on(run, checkpoint):
+    """The rows of cost.csv that led to `model` or `recovered` of the run; none for a model that was made elsewhere."""
+    rows = read_rows(run / "cost.csv").reindex(columns=["step", "tokens", "seconds", "peak (GiB)"])
+    trained, recovered = rows["step"].astype(str).str.startswith("train"), rows["step"] == "train: repaired, distilled"
+    return rows[~trained | recovered & (checkpoint == "recovered")] if checkpoint in MADE_BY else rows[:0]
 
 
 def peak_gib():

@@ -7,7 +7,7 @@ import papermill
 import pytest
 from conftest import tiny_llama
 
-from dha_utils import load_checkpoint, save_checkpoint
+from dha_utils import HeadPlan, fuse, load_checkpoint, load_text, save_checkpoint, token_blocks
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SIZES = {"text": "austen", "length": 32, "calibration_blocks": 8, "validation_blocks": 4}
@@ -49,3 +49,23 @@ def test_a_wrong_parameter_is_one_sentence_in_the_notebook_too(tmp_path):
     ):
         execute("01_head_redundancy", tmp_path, model="austen-mha", budget=0.5, method="gqa")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("heads", "method", "gates", "said"),
+    [
+        (3, "mean", {}, ["**NO-GO**: stopped by: agreement, perplexity on austen, increase"]),
+        (8, "mean", {"smallest_saving": 0}, ["**GO**", "rises by 0.0%", "same token in 100% of places; 0% of"]),
+        (4, "spectral", {"documents": 4, "items": 20}, ["**CANNOT TELL**", "Items that would tell"]),
+    ],
+    ids=["bad", "unchanged", "too few questions"],
+)
+def test_the_verdict(heads, method, gates, said, tmp_path):
+    """On austen-mha converted outside of a run, to as many key and value heads a layer of its eight."""
+    model, tokenizer = load_checkpoint("austen-mha")
+    calibration = token_blocks(tokenizer, load_text("austen", "train"), 256, 12)
+    converted = fuse(model, HeadPlan.uniform(model.config, heads, heads), calibration, method)
+    save_checkpoint(converted, tokenizer, tmp_path / "dha")
+    report = execute("06_decision_report", tmp_path, checkpoint=str(tmp_path / "dha"), **{"length": 256} | gates)
+    assert all(words in report for words in said)

@@ -4,11 +4,11 @@ import json
 import shutil
 
 import pytest
-from conftest import tiny_llama
+from conftest import SHAPES, half_plan, tiny_llama
 
 from dha_utils import HeadPlan, fuse, load_checkpoint, save_checkpoint
 from dha_utils.__main__ import DEFAULTS, main, typed
-from dha_utils.parameters import RULES, check_parameters, open_run
+from dha_utils.parameters import RULES, check_parameters, converted_model, open_run
 from dha_utils.runs import record_metrics, write_whole
 
 
@@ -207,3 +207,16 @@ def test_a_damaged_or_older_run_is_one_sentence(folder, tmp_path):
     write_whole(tmp_path / "run" / "run.json", json.dumps({"model": str(folder / "source")}))
     with pytest.raises(ValueError, match="holds a run with text None, not"):
         request(folder, tmp_path / "run")
+
+
+def test_a_report_is_about_a_model_made_from_the_source(tmp_path, mha, gqa):
+    tokenizer = load_checkpoint("austen-mha")[1]
+    source, other = (tiny_llama(vocab_size=4096, **SHAPES[name]) for name in ("mha", "gqa"))
+    for name, model in {"dha": fuse(source, half_plan(source), method="mean"), "source": source}.items():
+        save_checkpoint(model, tokenizer, tmp_path / name)
+    assert converted_model(tmp_path, tmp_path / "dha", source, tokenizer).config.budget == 0.375
+    with pytest.raises(ValueError, match="no recovered in .*: run 04_continued_pretraining first"):
+        converted_model(tmp_path, "recovered", source, tokenizer)
+    for checkpoint, model in (("dha", other), ("source", source)):
+        with pytest.raises(ValueError, match="checkpoint must be model or recovered, or a DHA model made from this source"):
+            converted_model(tmp_path, tmp_path / checkpoint, model, tokenizer)

@@ -16,6 +16,7 @@ from dha_utils.runs import (
     require,
     rows_with,
     spending,
+    spent_on,
     write_run,
     write_whole,
 )
@@ -109,3 +110,13 @@ def test_what_a_step_took_is_noted_once(tmp_path):
     table = read_rows(tmp_path / "cost.csv")
     assert dict(zip(table["step"], table["tokens"])) == {"fit": 7, "train": 9}
     assert (table["seconds"] >= 0).all() and (table["peak (GiB)"] > 0.05).all()
+
+
+def test_what_a_model_took_is_told_from_the_other_trainings(tmp_path):
+    assert spent_on(tmp_path, "model").empty
+    for step in ("fit", "train: damaged, distilled", "train: repaired, distilled"):
+        with spending(tmp_path, step, 9):
+            pass
+    assert list(spent_on(tmp_path, "model")["step"]) == ["fit"]
+    assert list(spent_on(tmp_path, "recovered")["step"]) == ["fit", "train: repaired, distilled"]
+    assert spent_on(tmp_path, "a/folder").empty

@@ -17,6 +17,7 @@ from ..sources.precision import dtype_name
 from ..sources.text import BUNDLED, SPLITS, drawn, load_text, token_blocks
 from .drift import token_predictions
 
+FEWEST = 8  # blocks that still say something about the spread
 METRICS = {
     "loss": "LM loss (nats a token)",
     "wrong": "share of tokens whose most likely one is not the true one",
@@ -58,10 +59,10 @@ def limits(rows, false_alarms):
 def write_baseline(path, model, blocks, text, false_alarms=0.001, **described):
     """Measure `model` on `blocks` [n, length] and write the baseline (JSON): what was read, means and limits.
 
-    Raises ValueError if there are fewer than eight blocks: they say too little about the spread.
+    Raises ValueError if there are fewer than `FEWEST` blocks.
     """
-    if len(blocks) < 8:
-        raise ValueError(f"a baseline needs at least 8 blocks of text, not {len(blocks)}")
+    if len(blocks) < FEWEST:
+        raise ValueError(f"a baseline needs at least {FEWEST} blocks of text, not {len(blocks)}")
     rows = block_metrics(model, blocks)
     highest = limits(rows, false_alarms)
     metrics = {name: {"mean": rows[name].mean(), "limit": highest[name], "what": METRICS[name]} for name in rows}

@@ -9,6 +9,7 @@ import os
 import random
 from contextlib import nullcontext, redirect_stderr
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -22,9 +23,16 @@ OWN = ("next_passage", "last_word")
 PAPER_TASKS = ("sciq", "piqa", "winogrande", "arc_easy", "arc_challenge", "hellaswag", "logiqa", "boolq", "lambada")
 CONTEXT, PASSAGE, CHOICES = 48, 12, 4  # words, words, passages
 LONG = 4  # letters: a last word that a sentence would not end with anyway
+LONGEST = 20  # letters a word on average: beyond, they are not words
 
 
-def next_passage_item(words, start, draw):
+def pieces(document):
+    """(the words of a text, what stands between them); of a script without spaces its characters, with nothing between."""
+    words = document.split()
+    return (list(document), "") if len(document) > LONGEST * max(len(words), 1) else (words, " ")
+
+
+def next_passage_item(words, start, draw, between=" "):
     """Which of four passages of the same document goes on from these words?"""
     end = start + CONTEXT
     elsewhere = [
@@ -32,8 +40,8 @@ def next_passage_item(words, start, draw):
     ]
     places = [end, *draw.sample(elsewhere, CHOICES - 1)]
     draw.shuffle(places)
-    passages = [" ".join(words[place : place + PASSAGE]) for place in places]
-    return {"context": " ".join(words[start:end]), "choices": passages, "answer": places.index(end)}
+    passages = [between + between.join(words[place : place + PASSAGE]) for place in places]
+    return {"context": between.join(words[start:end]), "choices": passages, "answer": places.index(end)}
 
 
 def last_word_item(words, end):
@@ -46,21 +54,26 @@ def last_word_item(words, end):
 
 
 def text_items(documents, count, seed=0):
-    """{task: at most `count` items} of both tasks, drawn from all documents by `seed`.
+    """{task: at most `count` items}, drawn from all documents by `seed`: both tasks, or what the documents have items of.
 
-    Raises ValueError if the documents are too short for a single item of a task.
+    A text without spaces has no last words. Raises ValueError if the documents are too short for a single item.
     """
-    draw, items = random.Random(seed), {name: [] for name in OWN}
-    for words in map(str.split, documents):
+    draw, passages, ends = random.Random(seed), [], []
+    for words, between in map(pieces, documents):
         if len(words) >= CONTEXT + 2 * CHOICES * PASSAGE:
-            starts = range(0, len(words) - CONTEXT - PASSAGE, CONTEXT + PASSAGE)
-            items["next_passage"] += [next_passage_item(words, start, draw) for start in starts]
-        items["last_word"] += filter(None, (last_word_item(words, end) for end in range(CONTEXT, len(words))))
-    for name, made in items.items():
-        if not made:
-            raise ValueError(f"the text has no passage long enough for an item of {name}: give more or longer documents")
-        items[name] = draw.sample(made, min(count, len(made)))
-    return items
+            passages += [(words, start, between) for start in range(0, len(words) - CONTEXT - PASSAGE, CONTEXT + PASSAGE)]
+        if between:
+            ends += [(words, end) for end in range(CONTEXT, len(words))]
+    draw.shuffle(passages)
+    draw.shuffle(ends)
+    last_words = filter(None, (last_word_item(*place) for place in ends))
+    items = {
+        "next_passage": [next_passage_item(words, start, draw, between) for words, start, between in passages[:count]],
+        "last_word": list(islice(last_words, count)),
+    }
+    if not any(items.values()):
+        raise ValueError("the text has no passage long enough for a question: give more or longer documents")
+    return {name: made for name, made in items.items() if made}
 
 
 def write_items(items, folder):
@@ -103,7 +116,7 @@ def answers(model, tokenizer, folder, names=OWN, limit=None, batch_size=8):
 def draw_items(file, limit):
     """The places of at most `limit` items of a file, the same for every model: files may be sorted by kind."""
     text = file.read_text(encoding="utf-8")
-    count = len(json.loads(text)) if text.lstrip()[:1] == "[" else sum(1 for line in text.splitlines() if line.strip())
+    count = len(json.loads(text)) if text.lstrip()[:1] == "[" else sum(1 for line in text.split("\n") if line.strip())
     return sorted(random.Random(0).sample(range(count), min(limit or count, count)))
 
 

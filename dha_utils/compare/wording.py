@@ -19,7 +19,7 @@ JAPANESE = {
     "Query heads (middle), and the key heads (above) and value heads (below) that they read": (
         "クエリヘッド（中央）と、それが読むキーヘッド（上）およびバリューヘッド（下）"
     ),
-    "perplexity, times the source's (log scale)": "パープレキシティ（ソース比、対数目盛）",
+    "perplexity, times the source's": "パープレキシティ（ソース比）",
     "What the conversion costs, document by document (diamonds: mean and 95 % interval)": (
         "変換で失うもの、文書ごと（菱形：平均と 95 % 区間）"
     ),

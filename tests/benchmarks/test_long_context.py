@@ -22,6 +22,11 @@ def test_positions_cover_a_text_once(gqa, blocks):
     assert total / (length - 1) == pytest.approx(token_losses(gqa, blocks[:1]).mean().item(), rel=1e-5)
 
 
+def test_a_row_names_nothing_that_its_setting_does(gqa, blocks):
+    """A row's number of the text hid the name of the text: no row was ever found again."""
+    assert by_position(gqa, blocks[:1])[0].keys() == {"task", "place", "draw", "loss"}
+
+
 def test_a_copy_is_scored_on_its_second_half(gqa):
     block = torch.arange(max(LAGS)) % 90
     rows = by_copy(gqa, block[None])

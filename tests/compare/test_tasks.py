@@ -17,6 +17,7 @@ from dha_utils.compare.tasks import (
     TASKS,
     answers,
     compare_answers,
+    draw_items,
     last_word_item,
     next_passage_item,
     text_items,
@@ -50,8 +51,20 @@ def test_items_are_the_seeds_and_documents_may_be_too_short():
     items = text_items(documents, 50)
     assert items == text_items(documents, 50) != text_items(documents, 50, seed=1)
     assert {name: len(rows) for name, rows in items.items()} == {"next_passage": 50, "last_word": 50}
-    with pytest.raises(ValueError, match="no passage long enough for an item of next_passage"):
+    with pytest.raises(ValueError, match="no passage long enough for a question"):
         text_items(["Too short."], 5)
+
+
+def test_a_text_without_spaces_is_asked_by_characters():
+    text = "".join(chr(0x4E00 + place) for place in range(400)) + "。"
+    [item] = text_items([text], 1).pop("next_passage")
+    assert item["context"] + item["choices"][item["answer"]] in text and len(item["context"]) == 48
+    assert list(text_items([text], 5)) == ["next_passage"]
+
+
+def test_items_are_counted_as_json_lines_are(tmp_path):
+    (tmp_path / "items.jsonl").write_text('{"a": "one\u2028line"}\n{"a": "two"}\n', encoding="utf-8")
+    assert draw_items(tmp_path / "items.jsonl", None) == [0, 1]
 
 
 def test_answers_of_the_tutorial_model(tmp_path):

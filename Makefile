@@ -11,7 +11,11 @@ space := $(subst ,, )
 plain = $(subst %,-percent,$(subst $(space),-,$(1)))
 # DEVICE=cuda, DTYPE=bfloat16: without them a GPU if there is one; float32 on a CPU, elsewhere the checkpoint's own dtype
 PLACE = $(if $(DEVICE),-r device "$(DEVICE)") $(if $(DTYPE),-r dtype "$(DTYPE)")
-RUN ?= $(call plain,$(notdir $(patsubst %/,%,$(call plain,$(MODEL))))-$(or $(MAX_INCREASE:%=increase-%),$(CACHE_BYTES:%=bytes-%),$(BUDGET)))
+last = $(notdir $(patsubst %/,%,$(call plain,$(1))))
+# A report on a model made elsewhere has a run folder of its own
+CHECKPOINT ?= recovered
+ELSEWHERE := $(filter-out model recovered,$(call plain,$(CHECKPOINT)))
+RUN ?= $(call plain,$(call last,$(MODEL))-$(or $(call last,$(ELSEWHERE)),$(MAX_INCREASE:%=increase-%),$(CACHE_BYTES:%=bytes-%),$(BUDGET)))
 $(if $(or $(word 2,$(RUN)),$(findstring %,$(RUN))),$(error RUN names a folder without spaces or % in it, not '$(RUN)'))
 BUDGETS ?= 0.75 0.5 0.34
 PYTHON ?= python3
@@ -60,6 +64,7 @@ run: $(NOTEBOOKS:%=$(DIR)/%.ipynb)
 # Fetches the model, and says in one sentence what is wrong with a request
 check: setup
 	@$(BIN)/python -m dha_utils check $(PARAMETERS) $(SEARCH) $(LEARNING) $(TRAINING) $(CHART) $(ASKING)
+	@$(if $(filter report slides pdf site,$(MAKECMDGOALS)),$(BIN)/python -m dha_utils check $(PARAMETERS) $(REPORT))
 
 # A notebook appears under its name only when it is finished
 define execute
@@ -85,12 +90,12 @@ $(DIR)/05_compression_vs_perplexity.ipynb: $(DIR)/04_continued_pretraining.ipynb
 # The decision: notebook 06, its report and slides; SPEAK=ja for Japanese, ASK="-p items 400 ..." for its parameters,
 # CHECKPOINT=my-dha for a model made elsewhere (by python -m dha_utils convert), which needs no run
 SPEAK ?= en
-CHECKPOINT ?= recovered
 CHROME ?= chromium
 OTHER_TEXT ?= $(if $(filter wikipedia,$(TEXT)),austen,wikipedia)
-MADE_BY = $(if $(filter recovered,$(CHECKPOINT)),$(DIR)/04_continued_pretraining.ipynb,$(if $(filter model,$(CHECKPOINT)),$(DIR)/03_head_fusion.ipynb))
+REPORT = $(ASKING) -r language "$(SPEAK)" -r checkpoint "$(CHECKPOINT)" -r other_text "$(OTHER_TEXT)" $(ASK)
+MADE_BY := $(if $(ELSEWHERE),,$(DIR)/$(if $(filter model,$(CHECKPOINT)),03_head_fusion,04_continued_pretraining).ipynb)
 $(DIR)/06_decision_report.ipynb: $(MADE_BY) FORCE | check
-	$(call execute,$(ASKING) -r language "$(SPEAK)" -r checkpoint "$(CHECKPOINT)" -r other_text "$(OTHER_TEXT)" $(ASK))
+	$(call execute,$(REPORT))
 FORCE:
 report slides: $(DIR)/06_decision_report.ipynb
 	$(BIN)/python docs/report.py $<

@@ -103,6 +103,9 @@ def models(arguments, source, tokenizer, training):
 def main():
     arguments = parse_arguments()
     source, tokenizer = load_checkpoint(arguments.model, device=arguments.device)
+    longest, context = max(2 * max(LAGS), arguments.needle_length + 64), source.config.max_position_embeddings
+    if not longest <= context < EDGES[-1]:
+        raise SystemExit(f"the tests have up to {longest} tokens and spans up to {EDGES[-1]}, the model reads {context}")
     training = token_blocks(tokenizer, load_text(arguments.text, "train"), arguments.length)
     unseen = partial(token_blocks, tokenizer, load_text(arguments.text, "validation"))
     long, short = unseen(source.config.max_position_embeddings, arguments.texts), unseen(max(LAGS), arguments.draws)

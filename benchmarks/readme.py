@@ -72,8 +72,8 @@ def chart():
     label = f"and {TRAINED / 1e6:.1f} M tokens of training,\nover the source trained alike"
     axis.text(ratio.index[0] * 100 - 1.5, ratio.iloc[0] - 0.03, label, va="top", color=COLORS[2], fontsize=11)
     pooled = rows[rows["way"] == WAYS["mean", "uniform"]].groupby("budget")["perplexity"].mean()[::-1] / source
-    off = ", ".join(f"{times:,.0f}" for times in pooled)
-    axis.text(99, 3.55, f"Not on the chart: {WAYS['mean', 'uniform']}, at {off} times", fontsize=10, color="0.35")
+    off = ", ".join(f"{times:,.0f}×" for times in pooled)
+    axis.text(99, 3.55, f"Not on the chart: {WAYS['mean', 'uniform']}, at {off}", fontsize=10, color="0.35")
     axis.set(
         title="smollm2-135m: what a smaller KV cache costs",
         xlabel="KV cache kept (% of the source's)",

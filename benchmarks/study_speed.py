@@ -39,7 +39,9 @@ def speedup_chart(speeds, title):
     )
     for axis, budget in zip(axes[0], budgets):
         chosen = speeds.xs(budget, level="budget").reset_index().sort_values(["shape", "batch", "context"])
-        chosen["case"] = chosen["shape"] + ", batch " + chosen["batch"].astype(str) + ", " + chosen["context"].astype(str)
+        chosen["case"] = (
+            chosen["shape"] + ", batch " + chosen["batch"].astype(str) + ", context " + chosen["context"].astype(str)
+        )
         cases = list(dict.fromkeys(chosen["case"]))
         for offset, (method, color) in enumerate(zip(METHODS, COLORS)):
             own = chosen[chosen["method"] == method]
@@ -95,7 +97,5 @@ def in_memory(throughput, budget):
     if rows.empty:
         return ""
     fits, times = rows["sequences that fit"], rows.loc["DHA", "times the source's"]
-    return (
-        f"; in the same memory, {times:.2f} times as many tokens a second ({fits['DHA']:.0f} sequences instead of "
-        f"{fits['source']:.0f}, of one shape)"
-    )
+    batches = f"{fits['DHA']:.0f} sequences instead of {fits['source']:.0f}, of one shape"
+    return f"; in the same memory for weights and cache, {times:.2f} times as many tokens a second ({batches})"

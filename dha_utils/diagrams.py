@@ -23,10 +23,11 @@ def turned_plane(first, second, turn, title):
     return figure
 
 
-def head_maps(panels, title):
+def head_maps(panels, title, say=str.format):
     """Who reads which head: one panel per {name: (key_head_map, value_head_map)} over the same query heads.
 
     Query heads stand in the middle; lines lead up to the key head and down to the value head that each of them reads.
+    `say`: of `report.wording`, for labels in another language.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4), squeeze=False, layout="constrained")
     for axis, (name, maps) in zip(axes[0], panels.items()):
@@ -38,9 +39,10 @@ def head_maps(panels, title):
             axis.plot([queries, places[head_map]], [[0] * len(queries), [height] * len(queries)], color="0.7", zorder=1)
             axis.scatter(places, [height] * len(places), s=170, marker=marker, color=KIND_COLORS[kind], zorder=2)
         kept = len(set(maps[0])) + len(set(maps[1]))
-        axis.set(title=f"{name}\n{kept} of {2 * len(queries)} heads in the cache", ylim=(-1.4, 1.4), xticks=[], yticks=[])
+        count = say("{kept} of {all} heads in the cache", kept=kept, all=2 * len(queries))
+        axis.set(title=f"{name}\n{count}", ylim=(-1.4, 1.4), xticks=[], yticks=[])
         sns.despine(ax=axis, left=True, bottom=True)
-    axes[0, 0].set_yticks([-1, 0, 1], ["values", "queries", "keys"])
+    axes[0, 0].set_yticks([-1, 0, 1], [say("values"), say("queries"), say("keys")])
     figure.suptitle(title)
     return figure
 

@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+from .compare.drift import document_blocks
+from .compare.monitor import FEWEST
+from .compare.tasks import paper_tasks, text_items
 from .fuse.model import METHODS
 from .plan.allocate import budget_for_cache, heads_for_budget
 from .recover.pretrain import TRAINABLE
-from .runs import MADE_BY, check_run, fingerprint, require, write_run
-from .sources.checkpoints import load_checkpoint
+from .runs import MADE_BY, check_run, find, fingerprint, require, write_run
+from .sources.checkpoints import find_checkpoint, load_checkpoint
 from .sources.families import check_source
-from .sources.precision import DTYPES, dtype_name, pick_device
+from .sources.precision import DTYPES, dtype_name, pick_device, served_dtype
 from .sources.text import SPLITS, load_text, token_blocks
 
 
@@ -105,7 +108,7 @@ def check_parameters(**parameters):
         if parameters.get(name, length) < length:
             raise ValueError(f"{name} must be at least the length of a block, {length}, not {parameters[name]}")
     if "other_text" in parameters and parameters["other_text"] == parameters.get("text"):
-        raise ValueError(f"other_text must be another text than {parameters['text']!r}, which the model was fitted to")
+        raise ValueError(f"other_text must be another text than {parameters['text']!r}")
     if parameters.get("cache_bytes") is not None and parameters.get("max_increase") is not None:
         raise ValueError("give cache_bytes or max_increase, not both: each says how many heads to keep")
 
@@ -137,6 +140,8 @@ def load_inputs(run_dir, model, text, length, calibration_blocks, validation_blo
     )
     if settings["max_increase"] is not None:
         token_blocks(tokenizer, texts["calibration"], length, validation_blocks)
+    if "other_text" in parameters:
+        check_report(tokenizer, texts["validation"], length, **parameters)
     settings |= {"device": device.type, "dtype": dtype_name(source.dtype)}
     settings |= {"model_content": fingerprint(source), "text_content": fingerprint(texts)}
     check_run(run_dir, **settings)
@@ -169,19 +174,34 @@ def open_run(run_dir, **parameters):
     return write_run(run_dir, settings), *inputs
 
 
+def check_report(tokenizer, unseen, length, other_text, documents=16, checkpoint="recovered", task_folder=None, **_):
+    """Raises ValueError for all that notebook 06 would stumble over late; `unseen`: documents of the run's text."""
+    for texts in (unseen, load_text(other_text, "validation")):
+        document_blocks(tokenizer, texts, length, documents)
+    text_items(unseen, 1)
+    token_blocks(tokenizer, unseen, length, FEWEST)
+    if checkpoint not in MADE_BY:
+        find_checkpoint(checkpoint)
+    if task_folder is not None:
+        paper_tasks(find(task_folder))
+
+
 def converted_model(run, checkpoint, source, tokenizer):
     """The model that a report is about: `model` or `recovered` of the run, or any DHA checkpoint made from `source`.
 
-    Raises ValueError if it is not there, or not of that source's shape and tokens.
+    Its cache is counted in the dtype that the source is served in. Raises ValueError if it is not there, or not of that
+    source's shape and tokens, or its embeddings are those of another model.
     """
     place = require(run, checkpoint, MADE_BY[checkpoint]) if checkpoint in MADE_BY else checkpoint
     converted, own = load_checkpoint(place, source.dtype, source.device)
-    shapes = [
-        (m.config.vocab_size, m.config.num_hidden_layers, m.config.num_attention_heads, m.config.head_dim, t.get_vocab())
-        for m, t in ((source, tokenizer), (converted, own))
-    ]
-    if converted.config.model_type != "dha" or shapes[0] != shapes[1]:
-        raise ValueError(
-            f"checkpoint must be {' or '.join(MADE_BY)}, or a DHA model made from this source, not {checkpoint!r}"
-        )
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    shapes = [[getattr(model.config, name) for name in names] for model in (source, converted)]
+    heads = converted.config.model_type == "dha" and converted.config.source_num_key_value_heads
+    if shapes[0] != shapes[1] or heads != source.config.num_key_value_heads or tokenizer.get_vocab() != own.get_vocab():
+        known = " or ".join(MADE_BY)
+        raise ValueError(f"checkpoint must be {known}, or a DHA model made from this source, not {checkpoint!r}")
+    before, after = (model.get_input_embeddings().weight for model in (source, converted))
+    if (after - before).norm() > 0.5 * before.norm():  # training moves them less
+        raise ValueError(f"the embeddings of {checkpoint!r} are those of another model than the source")
+    converted.checkpoint_dtype = served_dtype(source)
     return converted

@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from IPython.display import display
 from scipy.cluster.hierarchy import dendrogram, linkage
@@ -11,6 +12,7 @@ from .measure.similarity import pair_distance
 
 sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
 COLORS = sns.color_palette("colorblind")
+pd.options.display.max_colwidth = None  # sentences in tables are shown whole
 KIND_COLORS = {"query": COLORS[7], "key": COLORS[0], "value": COLORS[1]}
 
 

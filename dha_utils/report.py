@@ -1,10 +1,13 @@
 """The charts of notebook 06, and what it says in words; in English, or by `wording` in another language."""
 
+import shlex
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 
+from .compare.decision import GO
 from .compare.wording import JAPANESE
 from .measure.perplexity import interval
 from .plots import COLORS
@@ -72,20 +75,18 @@ def task_scores(table, say):
 def share_map(before, after, say):
     """Change of each head's share in what its layer's attention adds (percentage points), from `head_shares`."""
     change = 100 * (after - before)
-    figure, axis = plt.subplots(figsize=(min(2.5 + 0.6 * change.shape[1], 11), min(1.8 + 0.35 * len(change), 9)))
+    size = (min(3.5 + 0.6 * change.shape[1], 11), min(1.8 + 0.35 * len(change), 9))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
     reach = max(abs(change).max(), 1e-9)
-    sns.heatmap(
-        change,
-        ax=axis,
-        cmap="vlag",
-        vmin=-reach,
-        vmax=reach,
-        cbar_kws={"label": say("change of its share (percentage points)")},
-        annot=np.round(change) + 0.0 if change.size <= 100 else False,  # no -0
-        fmt=".0f",
+    annotations = np.round(change) + 0.0 if change.size <= 100 else False  # no -0
+    scale = {"cmap": "vlag", "vmin": -reach, "vmax": reach, "cbar_kws": {"label": say("percentage points")}}
+    sns.heatmap(change, ax=axis, annot=annotations, fmt=".0f", **scale)
+    axis.tick_params(axis="y", rotation=0)
+    axis.set(
+        xlabel=say("query head"),
+        ylabel=say("layer"),
+        title=say("Change of each head's share in what its layer's attention adds"),
     )
-    axis.set(xlabel=say("query head"), ylabel=say("layer"), title=say("Which heads say more, or less, than before"))
-    figure.tight_layout()
     return figure
 
 
@@ -94,7 +95,7 @@ def serving_chart(served, title, say):
     accelerators = served.index.unique("accelerator")
     figure, axes = plt.subplots(1, len(accelerators), figsize=(12, 3.6), sharey=True, squeeze=False, layout="constrained")
     for axis, accelerator in zip(axes[0], accelerators):
-        requests = served.xs(accelerator, level="accelerator")["requests"].unstack("heads kept", sort=False)
+        requests = served.xs(accelerator, level="accelerator")["requests"].unstack("version", sort=False)
         for offset, share, color in zip((-0.2, 0.2), requests, (BEFORE, AFTER)):
             bars = axis.barh(np.arange(len(requests)) + offset, requests[share], 0.38, color=color, label=share)
             axis.bar_label(bars, [f"{n:,.0f}" for n in requests[share]], padding=2, fontsize=9)
@@ -102,7 +103,7 @@ def serving_chart(served, title, say):
         axis.set(title=accelerator, xlabel=say("requests"), xscale="symlog")
         axis.margins(x=0.25)
     axes[0, 0].invert_yaxis()
-    axes[0, -1].legend(title=say("heads kept"), loc="lower right")
+    axes[0, -1].legend(loc="lower right")
     figure.suptitle(title)
     return figure
 
@@ -119,7 +120,9 @@ def gate_chart(table, say):
         axis.text(1.02, place, say(row["verdict"]), transform=axis.get_yaxis_transform(), va="center")
     axis.axvline(1, color="black", linestyle="--")
     axis.set_yticks(range(len(table)), table.index)
-    axis.set(ylim=(len(table) - 0.5, -0.5), xlim=(0, None), xlabel=say("share of what the gate allows (1: its limit)"))
+    axis.set(
+        ylim=(len(table) - 0.5, -0.5), xlim=(0, None), xlabel=say("how much of its limit is used up (right of 1: it fails)")
+    )
     axis.set_title(say("Gates: measured, with 95 % intervals"))
     return figure
 
@@ -160,17 +163,18 @@ def roll_out(say, verdict, baseline, path, name, kept, asked, measured):
             measured=measured,
         ),
         "canary": say(
-            "A small share of users. LM loss at most {limit:.3f} nats a token (here {mean:.3f}); "
+            "A small share of users. LM loss at most {limit:.3f} nats a token on text like {text} (here {mean:.3f}); "
             "memory a request {share:.0%} of the source's.",
+            text=baseline["text"],
             limit=loss["limit"],
             mean=loss["mean"],
             share=kept,
         ),
         "full": say(
             "`python -m dha_utils monitor --baseline {path} --model … --text …` on fresh text: "
-            "exits with 1 on drift; of an unchanged model in {rate:.1%} of checks.",
-            path=path,
-            rate=rate,
+            "exits with 1 on drift; of an unchanged model in one of {checks:,.0f} checks.",
+            path=shlex.quote(path),
+            checks=1 / rate,
         ),
         "way back": say(
             "The source's weights stay where they are: requests go back to it. "
@@ -178,5 +182,5 @@ def roll_out(say, verdict, baseline, path, name, kept, asked, measured):
             times=1 / kept,
         ),
     }
-    ticks = {"offline": "x"}
+    ticks = {"offline": "x"} if verdict == GO else {}
     return "\n".join(f"- [{ticks.get(step, ' ')}] **{say(step)}.** {text}" for step, text in steps.items())

@@ -1,9 +1,9 @@
-"""The report and the slides of a decision: self-contained pages of an executed notebook 06, without its code.
+"""The report and the slides of a decision: pages of an executed notebook 06, without its code.
 
 python docs/report.py runs/NAME/06_decision_report.ipynb     # leaves report.html and slides.html beside it
 
-The language is that which the notebook was executed with (`language`). In the report the decision comes first. The slides
-load reveal.js from the network, or from `--reveal`.
+The language is that which the notebook was executed with (`language`). In the report the decision comes first, and
+nothing is loaded from elsewhere; the slides load reveal.js from the network.
 """
 
 import argparse
@@ -15,8 +15,9 @@ from nbconvert import HTMLExporter, SlidesExporter
 from dha_utils.runs import write_whole
 
 PLAIN = {"exclude_input": True, "exclude_input_prompt": True, "exclude_output_prompt": True}
-# No formulas, widgets or diagrams: nothing is fetched from elsewhere
-PLAIN |= dict.fromkeys(("mathjax_url", "require_js_url", "mermaid_js_url", "mermaid_layout_elk_js_url"), "")
+# The report has no formulas, widgets or diagrams: nothing is fetched from elsewhere
+ALONE = dict.fromkeys(("mathjax_url", "require_js_url", "mermaid_js_url", "mermaid_layout_elk_js_url"), "")
+TITLE = "Decoupled-Head Attention: a decision"
 
 
 def language_of(notebook):
@@ -33,39 +34,46 @@ def in_language(notebook, language):
     return notebook
 
 
+def without_widgets(notebook):
+    """Progress bars are widgets, whose script a page would fetch from elsewhere."""
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+    return notebook
+
+
 def report_of(notebook):
-    """The decision, its cells tagged `decision`, right behind the title; what a reader tries out is left out."""
-    first = [cell for cell in notebook.cells if "decision" in cell.metadata.get("tags", [])]
-    rest = [cell for cell in notebook.cells[1:] if cell not in first and "try" not in cell.metadata.get("tags", [])]
-    notebook.cells = [notebook.cells[0], *first, *rest]
+    """What is tagged `decision` right behind the title, without what is tagged `not-in-report`."""
+    cells = {tag: [c for c in notebook.cells if tag in c.metadata.get("tags", [])] for tag in ("decision", "not-in-report")}
+    rest = [cell for cell in notebook.cells[1:] if cell not in sum(cells.values(), [])]
+    notebook.cells = [notebook.cells[0], *cells["decision"], *rest]
     return notebook
 
 
 def slides_of(notebook):
-    """The cells that are on a slide."""
+    """The cells that are on a slide; of a chart with its table, the chart."""
     notebook.cells = [cell for cell in notebook.cells if "slideshow" in cell.metadata]
+    for cell in notebook.cells:
+        charts = [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+        if charts:
+            cell.outputs = charts
     return notebook
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebook", type=Path)
-    parser.add_argument(
-        "--reveal", default="https://unpkg.com/reveal.js@5", help="where reveal.js lies (default: %(default)s)"
-    )
-    arguments = parser.parse_args()
-    executed = nbformat.read(arguments.notebook, as_version=4)
+    path = parser.parse_args().notebook
+    executed = without_widgets(nbformat.read(path, as_version=4))
     language = language_of(executed)
     pages = {
-        "report": (HTMLExporter(**PLAIN, language_code=language), report_of),
-        "slides": (
-            SlidesExporter(**PLAIN, reveal_url_prefix=arguments.reveal, reveal_scroll=True),
-            slides_of,
-        ),
+        "report": (HTMLExporter(**PLAIN, **ALONE, language_code=language), report_of),
+        "slides": (SlidesExporter(**PLAIN, reveal_scroll=True), slides_of),
     }
     for name, (exporter, chosen) in pages.items():
-        body, _ = exporter.from_notebook_node(chosen(in_language(executed, language)))
-        write_whole(arguments.notebook.with_name(f"{name}.html"), body)
+        body, _ = exporter.from_notebook_node(chosen(in_language(executed, language)), {"metadata": {"name": TITLE}})
+        write_whole(path.with_name(f"{name}.html"), body)
 
 
 if __name__ == "__main__":

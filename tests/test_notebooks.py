@@ -55,9 +55,14 @@ def test_a_wrong_parameter_is_one_sentence_in_the_notebook_too(tmp_path):
 @pytest.mark.parametrize(
     ("heads", "method", "gates", "said"),
     [
-        (3, "mean", {}, ["**NO-GO**: stopped by: agreement, perplexity on austen, increase"]),
-        (8, "mean", {"smallest_saving": 0}, ["**GO**", "rises by 0.0%", "same token in 100% of places; 0% of"]),
-        (4, "spectral", {"documents": 4, "items": 20}, ["**CANNOT TELL**", "Items that would tell"]),
+        (3, "mean", {}, ["**NO-GO** for austen-mha (", "stopped by: agreement on austen, perplexity on austen, increase"]),
+        (
+            8,
+            "mean",
+            {"smallest_saving": 0},
+            ["**GO** for", "rises by 0.0%", "same token in 100% of places on austen, in 100% on wikipedia; 0% of"],
+        ),
+        (4, "spectral", {"documents": 4, "items": 20}, ["**CANNOT TELL** for", "As many as would tell"]),
     ],
     ids=["bad", "unchanged", "too few questions"],
 )

@@ -6,9 +6,10 @@ import shutil
 import pytest
 from conftest import SHAPES, half_plan, tiny_llama
 
-from dha_utils import HeadPlan, fuse, load_checkpoint, save_checkpoint
+from dha_utils import HeadPlan, fuse, load_checkpoint, load_text, save_checkpoint
 from dha_utils.__main__ import DEFAULTS, main, typed
-from dha_utils.parameters import RULES, check_parameters, converted_model, open_run
+from dha_utils.compare.cost import bytes_per_token
+from dha_utils.parameters import RULES, check_parameters, check_report, converted_model, open_run
 from dha_utils.runs import record_metrics, write_whole
 
 
@@ -220,3 +221,31 @@ def test_a_report_is_about_a_model_made_from_the_source(tmp_path, mha, gqa):
     for checkpoint, model in (("dha", other), ("source", source)):
         with pytest.raises(ValueError, match="checkpoint must be model or recovered, or a DHA model made from this source"):
             converted_model(tmp_path, tmp_path / checkpoint, model, tokenizer)
+    with pytest.raises(ValueError, match="embeddings of .* are those of another model"):
+        converted_model(tmp_path, tmp_path / "dha", tiny_llama(1, vocab_size=4096, **SHAPES["mha"]), tokenizer)
+
+
+def test_fewer_bits_are_not_counted_as_fewer_heads(tmp_path):
+    tokenizer, source = load_checkpoint("austen-mha")[1], tiny_llama(vocab_size=4096, **SHAPES["mha"])
+    save_checkpoint(source, tokenizer, tmp_path / "source")
+    source = load_checkpoint(tmp_path / "source")[0]
+    save_checkpoint(fuse(source, half_plan(source), method="mean").bfloat16(), tokenizer, tmp_path / "dha")
+    converted = converted_model(tmp_path, tmp_path / "dha", source, tokenizer)
+    assert bytes_per_token(converted) / bytes_per_token(source) == converted.config.budget
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"other_text": "nowhere"}, "nowhere"),
+        ({"documents": 2, "length": 10**6}, "of the documents have 1000000 tokens"),
+        ({"checkpoint": "no/such/folder"}, "no/such/folder"),
+        ({"task_folder": "notebooks"}, "has none of sciq.jsonl"),
+    ],
+)
+def test_what_a_report_would_stumble_over_late_is_said_early(wrong, said):
+    tokenizer, unseen = load_checkpoint("austen-mha")[1], load_text("austen", "validation")
+    right = {"other_text": "wikipedia", "documents": 4, "length": 64, "checkpoint": "recovered", "task_folder": None}
+    check_report(tokenizer, unseen, **right)
+    with pytest.raises(ValueError, match=said):
+        check_report(tokenizer, unseen, **right | wrong)

@@ -13,7 +13,7 @@ import torch
 
 from dha_utils.compare.decision import gate
 from dha_utils.compare.wording import JAPANESE
-from dha_utils.report import used, wording, worst_contexts
+from dha_utils.report import roll_out, used, wording, worst_contexts
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "06_decision_report.ipynb"
@@ -39,7 +39,7 @@ def said(source):
 def test_everything_that_is_said_is_translated():
     cells = nbformat.read(NOTEBOOK, as_version=4).cells
     sources = [cell.source for cell in cells if cell.cell_type == "code"]
-    sources.append((ROOT / "dha_utils" / "report.py").read_text())
+    sources += [(ROOT / "dha_utils" / name).read_text() for name in ("report.py", "diagrams.py")]
     texts = {text for source in sources for text in said(source)}
     assert len(texts) > 20 and not texts - JAPANESE.keys()
     assert all(cell.metadata["ja"].strip() for cell in cells if cell.cell_type == "markdown")
@@ -52,7 +52,17 @@ def test_five_slides_and_the_decision_first():
     assert len(headings) == 5 and "Decision" in headings[-1]
     cells = report["report_of"](report["in_language"](notebook, "en")).cells
     assert cells[0].source.startswith("# ") and cells[1].source == "## Decision"
-    assert not any("## Try this" in cell.source for cell in cells)
+    assert shows_figures(cells[2]) and not any("## Try this" in cell.source for cell in cells)
+
+
+def shows_figures(cell):
+    return any("%" in output.get("data", {}).get("text/markdown", "") for output in cell.get("outputs", []))
+
+
+def test_a_slide_has_the_chart_not_the_table_below_it():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    outputs = [[list(o["data"])[0] for o in cell.get("outputs", [])] for cell in report["slides_of"](notebook).cells]
+    assert sum(kinds == ["image/png"] for kinds in outputs) == 3 and shows_figures(notebook.cells[-1])
 
 
 def test_the_pages_are_made_in_the_language_of_the_run(tmp_path, monkeypatch):
@@ -64,7 +74,16 @@ def test_the_pages_are_made_in_the_language_of_the_run(tmp_path, monkeypatch):
     page = (tmp_path / "report.html").read_text()
     assert "判定" in page and "open_run(" not in page
     assert not re.findall(r'(?:src|href)="https?:|import\("http', page), "fetched from elsewhere"
+    assert "unpkg.com" not in page, "a widget is fetched from elsewhere"
     assert "reveal" in (tmp_path / "slides.html").read_text()
+
+
+@pytest.mark.parametrize("verdict, tick", [("GO", "x"), ("NO-GO", " "), ("CANNOT TELL", " ")])
+def test_only_a_go_is_a_step_done(verdict, tick):
+    baseline = {"text": "austen", "metrics": {"loss": {"mean": 2.0, "limit": 2.1}}, "false_alarms": 0.0004}
+    steps = roll_out(wording(), verdict, baseline, "a run/baseline.json", "m", 0.25, 0.6, 0.7)
+    assert steps.startswith(f"- [{tick}] **offline") and steps.count("[x]") == (tick == "x")
+    assert "--baseline 'a run/baseline.json'" in steps and "in one of 2,500 checks" in steps
 
 
 def test_a_sentence_needs_its_translation_a_name_does_not():

@@ -19,7 +19,7 @@ from dha_utils.parameters import check_parameters
 from dha_utils.sources.smollm2 import SMOLLM2_SHA256
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+NOTEBOOKS = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 TUTORIAL = [path for path in NOTEBOOKS if re.match(r"0\d_", path.name)]
 PIPELINE = [path for path in NOTEBOOKS if re.match(r"0[1-5]_", path.name)]
 
@@ -43,6 +43,7 @@ def test_committed_notebooks_are_executed_without_errors(path):
     assert counts == list(range(1, len(cells) + 1)), "run all cells, in order, before committing"
     assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
     assert not any(output.get("name") == "stderr" for cell in cells for output in cell.outputs)
+    assert "...</td>" not in path.read_text(), "a sentence in a table is cut off"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

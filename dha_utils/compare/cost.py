@@ -62,11 +62,11 @@ def serving(weights, per_token, context, memory_gb, bandwidth_gb_s, price_per_ho
     """What one accelerator serves at most, as if decoding took just the time of reading the weights once and every cache.
 
     `weights`, `per_token`: bytes, as of `shape_bytes`. `requests`: sequences of `context` tokens that fit beside the
-    weights; `tokens a second` of all of them together; `price of a million tokens`. The last two are bounds: computing,
-    and reading prompts, come on top.
+    weights; `tokens a second, at most` of all of them together; `price of a million tokens, at least`: computing, and
+    reading prompts, come on top.
     """
     cache = context * per_token
     requests = int(max(memory_gb * 1e9 - weights, 0) // cache)
     speed = requests * bandwidth_gb_s * 1e9 / (weights + requests * cache)
     price = price_per_hour / 3600 / speed * 1e6 if requests else float("nan")
-    return {"requests": requests, "tokens a second": speed, "price of a million tokens": price}
+    return {"requests": requests, "tokens a second, at most": speed, "price of a million tokens, at least": price}

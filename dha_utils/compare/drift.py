@@ -129,14 +129,22 @@ def repeated_share(tokens, n=4):
 
 
 @torch.no_grad()
-def written(model, tokenizer, prompts, new_tokens, seed=None):
-    """What the model writes after each of `prompts`, sampled from `seed` on, or greedily: lists of `new_tokens` tokens."""
-    how = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "repetition_penalty": 1.0}
+def written(model, tokenizer, prompts, new_tokens, seed=None, times=1):
+    """What the model writes after each of `prompts`, sampled from `seed` on, or greedily: lists of `new_tokens` tokens.
+
+    `times`: so many texts of each prompt, one after another.
+    """
+    how = {
+        "min_new_tokens": new_tokens,
+        "max_new_tokens": new_tokens,
+        "repetition_penalty": 1.0,
+        "num_return_sequences": times,
+    }
     how |= {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     torch.manual_seed(seed or 0)
     continuations = []
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
         output = model.generate(**inputs, **how)
-        continuations.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+        continuations += output[:, inputs["input_ids"].shape[1] :].tolist()
     return continuations

@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import random
+import re
 from contextlib import nullcontext, redirect_stderr
+from glob import escape
 from io import StringIO
 from itertools import islice
 from pathlib import Path
@@ -23,13 +25,12 @@ OWN = ("next_passage", "last_word")
 PAPER_TASKS = ("sciq", "piqa", "winogrande", "arc_easy", "arc_challenge", "hellaswag", "logiqa", "boolq", "lambada")
 CONTEXT, PASSAGE, CHOICES = 48, 12, 4  # words, words, passages
 LONG = 4  # letters: a last word that a sentence would not end with anyway
-LONGEST = 20  # letters a word on average: beyond, they are not words
+UNSPACED = re.compile("[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # Thai to Burmese, Khmer, kana, CJK
 
 
 def pieces(document):
     """(the words of a text, what stands between them); of a script without spaces its characters, with nothing between."""
-    words = document.split()
-    return (list(document), "") if len(document) > LONGEST * max(len(words), 1) else (words, " ")
+    return (list(document), "") if len(UNSPACED.findall(document)) > len(document) / 2 else (document.split(), " ")
 
 
 def next_passage_item(words, start, draw, between=" "):
@@ -63,7 +64,7 @@ def text_items(documents, count, seed=0):
         if len(words) >= CONTEXT + 2 * CHOICES * PASSAGE:
             passages += [(words, start, between) for start in range(0, len(words) - CONTEXT - PASSAGE, CONTEXT + PASSAGE)]
         if between:
-            ends += [(words, end) for end in range(CONTEXT, len(words))]
+            ends += [(words, end) for end in range(CONTEXT, len(words)) if words[end][-1] in ".!?"]
     draw.shuffle(passages)
     draw.shuffle(ends)
     last_words = filter(None, (last_word_item(*place) for place in ends))
@@ -92,25 +93,36 @@ def answers(model, tokenizer, folder, names=OWN, limit=None, batch_size=8):
     """
     from lm_eval import simple_evaluate  # takes seconds to import
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     files = {name: Path(folder) / f"{name}.jsonl" for name in names}
     if missing := [str(file) for file in files.values() if not file.is_file()]:
         raise ValueError(f"there is no {missing[0]}: {TASKS.name}/README.md says what it holds")
     tasks = [
-        yaml.safe_load((TASKS / f"{name}.yaml").read_text()) | {"dataset_kwargs": {"data_files": {"test": str(file)}}}
+        yaml.safe_load((TASKS / f"{name}.yaml").read_text())
+        | {"dataset_kwargs": {"data_files": {"test": escape(str(file))}}}
         for name, file in files.items()
     ]
     drawn = {f"{name}_local": draw_items(file, limit) for name, file in files.items()}
     asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
     with redirect_stderr(StringIO()) if os.environ.get("TQDM_DISABLE") else nullcontext():  # its bars do not ask
-        samples = simple_evaluate(asked, tasks=tasks, samples=drawn, bootstrap_iters=0)["samples"]
+        only = TaskManager(include_defaults=False)  # reading all of lm-eval's own tasks takes long
+        samples = simple_evaluate(asked, tasks=tasks, samples=drawn, bootstrap_iters=0, task_manager=only)["samples"]
     rows = [
         {"task": task.removesuffix("_local"), "item": sample["doc_id"], "right": sample.get("acc_norm", sample.get("acc"))}
         for task, answered in samples.items()
         for sample in answered
     ]
     return pd.DataFrame(rows).astype({"right": int})
+
+
+def paper_tasks(folder):
+    """Those of `PAPER_TASKS` that the folder has items of. Raises ValueError if there are none."""
+    names = [name for name in PAPER_TASKS if (folder / f"{name}.jsonl").is_file()]
+    if not names:
+        raise ValueError(f"{folder} has none of {', '.join(f'{name}.jsonl' for name in PAPER_TASKS)}")
+    return names
 
 
 def draw_items(file, limit):

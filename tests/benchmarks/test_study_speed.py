@@ -54,5 +54,5 @@ def test_throughput_counts_the_batch(rows):
 
 def test_a_method_that_a_part_has_not_leaves_its_place_empty(rows):
     figure = speedup_chart(cases(speedups(rows), "attention"), "title")
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["s, batch 2, 8"]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["s, batch 2, context 8"]
     assert len(figure.axes[0].collections) >= len(METHODS)

@@ -27,10 +27,14 @@ def test_bytes_of_a_token_are_those_of_its_cache(gqa):
 def test_serving_by_hand():
     """10 GB of weights, 2 GB of cache a request, 17 GB: three requests; a step reads 16 GB."""
     served = serving(10e9, 2e6, 1000, memory_gb=17, bandwidth_gb_s=32, price_per_hour=3.6)
-    assert served["requests"] == 3 and served["tokens a second"] == pytest.approx(6)
-    assert served["price of a million tokens"] == pytest.approx(1000 / 6)
+    assert served["requests"] == 3 and served["tokens a second, at most"] == pytest.approx(6)
+    assert served["price of a million tokens, at least"] == pytest.approx(1000 / 6)
 
 
 def test_a_model_that_does_not_fit_serves_nobody():
     served = serving(30e9, 2e6, 1000, memory_gb=24, bandwidth_gb_s=600, price_per_hour=1)
-    assert served["requests"] == 0 and served["tokens a second"] == 0 and math.isnan(served["price of a million tokens"])
+    assert (
+        served["requests"] == 0
+        and served["tokens a second, at most"] == 0
+        and math.isnan(served["price of a million tokens, at least"])
+    )

@@ -20,6 +20,7 @@ from dha_utils.compare.tasks import (
     draw_items,
     last_word_item,
     next_passage_item,
+    paper_tasks,
     text_items,
     write_items,
 )
@@ -60,6 +61,14 @@ def test_a_text_without_spaces_is_asked_by_characters():
     [item] = text_items([text], 1).pop("next_passage")
     assert item["context"] + item["choices"][item["answer"]] in text and len(item["context"]) == 48
     assert list(text_items([text], 5)) == ["next_passage"]
+    lines = "\n".join(f"「{text[start : start + 8]}」" for start in range(0, 400, 8))
+    assert list(text_items([lines], 5)) == ["next_passage"], "line ends are not spaces between words"
+
+
+def test_the_papers_tasks_are_those_with_items(tmp_path):
+    for name in ("sciq", "piqa"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+    assert paper_tasks(tmp_path) == ["sciq", "piqa"]
 
 
 def test_items_are_counted_as_json_lines_are(tmp_path):

@@ -1,0 +1,81 @@
+"""Tables and charts of `notebooks/studies/long_context`: where fewer heads hurt first, and fewer bits beside them."""
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+
+from dha_utils.plots import COLORS, plain_log
+
+TASKS = {  # of long_context.csv: what its `place` is
+    "position": "position in the text (tokens, log scale)",
+    "copy": "length of the passage that is repeated (tokens, log scale)",
+    "needle": "where the number was named (share of the text)",
+}
+
+
+def excess(rows):
+    """What each model loses beside the source on the same text: `rows` of long_context.csv, with `source` and `excess`
+    (nats a token)."""
+    key = ["task", "place", "draw"]
+    source = rows[rows["stage"] == "source"][[*key, "loss"]].rename(columns={"loss": "source"})
+    rows = rows[rows["stage"] != "source"].merge(source, on=key, validate="many_to_one")  # one setting, not two
+    return rows.assign(excess=rows["loss"] - rows["source"])
+
+
+def excess_table(rows):
+    """Mean loss of the source and mean excess of each model: a row a task and place."""
+    rows = excess(rows)
+    table = rows.pivot_table(index=["task", "place"], columns=["budget", "stage"], values="excess", sort=False)
+    table.insert(0, ("source", "loss (nats)"), rows.groupby(["task", "place"], sort=False)["source"].mean())
+    return table
+
+
+def excess_chart(rows, title):
+    """`excess` over `place`, a panel a task: a colour a budget, dashed before training; bands from least to most."""
+    rows = excess(rows)
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(13, 4.5), layout="constrained")
+    named = rows.assign(**{"heads kept": rows["budget"].map("{:.0%}".format)})
+    for axis, (task, place) in zip(axes, TASKS.items()):
+        own = named[named["task"] == task]
+        lines = {
+            "hue": "heads kept",
+            "style": "stage",
+            "style_order": ["recovered", "refitted"],
+            "palette": COLORS[: rows["budget"].nunique()],
+        }
+        sns.lineplot(
+            own, x="place", y="excess", ax=axis, errorbar=("pi", 100), markers=True, legend=axis is axes[-1], **lines
+        )
+        axis.axhline(0, color="black", linewidth=1)
+        axis.set(title=task, xlabel=place, ylabel="loss beyond the source's (nats a token)")
+        if task != "needle":
+            axis.set_xscale("log")
+            plain_log(axis.xaxis)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right center")
+    axes[-1].get_legend().remove()
+    figure.suptitle(title)
+    return figure
+
+
+def bits_table(rows):
+    """Perplexity and bytes of the cache (quantized_cache.csv) by share of heads and bits, and both over the source's."""
+    table = rows.set_index(["budget", "bits"])[["perplexity", "cache_bytes"]].sort_index(ascending=False)
+    source = table.loc[(1.0, 16)]
+    return table.assign(**{f"{name}, times the source's": table[name] / source[name] for name in table})
+
+
+def bits_chart(rows, title):
+    """Perplexity over bytes of the cache, both over the source's: a line a share of the heads, a dot a number of bits."""
+    table = bits_table(rows)
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for (budget, own), color, marker in zip(table.groupby("budget", sort=False), COLORS, "osD^v"):
+        x, y = own["cache_bytes, times the source's"], own["perplexity, times the source's"]
+        axis.plot(x, y, marker=marker, color=color, label=f"{budget:.0%}")
+        for bits, across, up in zip(own.index.get_level_values("bits"), x, y):
+            axis.annotate(f"{bits} bits", (across, up), xytext=(4, 6), textcoords="offset points", fontsize=9)
+    axis.set(title=title, xscale="log", yscale="log")
+    axis.set(xlabel="cache, times the source's (log scale)", ylabel="perplexity, times the source's (log scale)")
+    plain_log(axis.xaxis)
+    plain_log(axis.yaxis)
+    axis.invert_xaxis()
+    axis.legend(title="heads kept")
+    return figure

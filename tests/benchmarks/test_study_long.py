@@ -1,0 +1,45 @@
+"""The long-context study compares each model with the source on the same text."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from study_long import TASKS, bits_chart, bits_table, excess, excess_chart, excess_table
+
+
+@pytest.fixture
+def rows():
+    stages = [("source", 1.0, 0.0), ("refitted", 0.5, 0.5), ("recovered", 0.5, 0.25)]
+    return pd.DataFrame(
+        {"budget": budget, "stage": stage, "task": task, "place": place, "draw": draw, "loss": draw + place + more}
+        for stage, budget, more in stages
+        for task in TASKS
+        for place in (1, 2)
+        for draw in (0, 3)
+    )
+
+
+def test_each_text_is_compared_with_itself(rows):
+    assert excess(rows).groupby("stage")["excess"].agg(["min", "max"]).to_dict("index") == {
+        "recovered": {"min": 0.25, "max": 0.25},
+        "refitted": {"min": 0.5, "max": 0.5},
+    }
+    with pytest.raises(pd.errors.MergeError):
+        excess(pd.concat([rows, rows.assign(device="cuda")]))
+    table = excess_table(rows)
+    assert table[("source", "loss (nats)")].tolist() == [2.5, 3.5] * len(TASKS)
+    assert set(table[(0.5, "refitted")]) == {0.5}
+
+
+def test_a_panel_a_task(rows):
+    axes = excess_chart(rows, "what is lost").axes
+    assert [axis.get_title() for axis in axes] == list(TASKS)
+    plt.close("all")
+
+
+def test_bits_are_compared_with_the_exact_source():
+    sizes = {(1.0, 16): 800, (1.0, 4): 200, (0.5, 16): 400}
+    rows = pd.DataFrame({"budget": b, "bits": n, "perplexity": s / 10, "cache_bytes": s} for (b, n), s in sizes.items())
+    table = bits_table(rows)["cache_bytes, times the source's"]
+    assert table.to_dict() == {(1.0, 16): 1.0, (1.0, 4): 0.25, (0.5, 16): 0.5}
+    assert len(bits_chart(rows, "bits").axes[0].lines) == 2
+    plt.close("all")

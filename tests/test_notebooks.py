@@ -55,7 +55,7 @@ def test_a_wrong_parameter_is_one_sentence_in_the_notebook_too(tmp_path):
 @pytest.mark.parametrize(
     ("heads", "method", "gates", "said"),
     [
-        (3, "mean", {}, ["**NO-GO** for austen-mha (", "stopped by: agreement on austen, perplexity on austen, increase"]),
+        (3, "mean", {}, ["**NO-GO** for austen-mha (", "stopped by: agreement on austen; perplexity on austen, increase"]),
         (
             8,
             "mean",

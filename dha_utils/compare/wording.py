@@ -28,7 +28,7 @@ JAPANESE = {
     "keys": "キー",
     "queries": "クエリ",
     "values": "バリュー",
-    "This model was made elsewhere: what that took is not on record.": "このモデルは別の場所で作られたため、変換にかかったものの記録はありません。",
+    "What this conversion took is not on record.": "この変換にかかったものの記録はありません。",
     "percentage points": "パーセントポイント",
     "change of its share (percentage points)": "割合の変化（ポイント）",
     "query head": "クエリヘッド",

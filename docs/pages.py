@@ -9,6 +9,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import nbformat
+from report import without_widgets
 
 import dha_utils
 
@@ -22,12 +23,10 @@ MATHJAX = 'window.MathJax = { tex: { inlineMath: [["$", "$"], ["\\\\(", "\\\\)"]
 
 def add_notebook(source, target):
     """A copy of an executed notebook; what is folded in JupyterLab is left out, with its output kept."""
-    notebook = nbformat.read(source, as_version=4)
+    notebook = without_widgets(nbformat.read(source, as_version=4))
     for cell in notebook.cells:
         if cell.metadata.get("jupyter", {}).get("source_hidden"):
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "folded"]
-        for output in cell.get("outputs", []):
-            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # a slider needs a kernel
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, target)
 
@@ -44,6 +43,8 @@ def main():
     for path in sorted(arguments.run.glob("0*.ipynb")):
         add_notebook(path, arguments.out / "larger" / path.name)
     shutil.copytree(ROOT / "benchmarks" / "results", arguments.out / "benchmarks" / "results")
+    (arguments.out / "benchmarks" / "tasks").mkdir()
+    shutil.copy(ROOT / "benchmarks" / "tasks" / "README.md", arguments.out / "benchmarks" / "tasks")
     shutil.copy(ROOT / "README.md", arguments.out / "index.md")
     (arguments.out / "site.css").write_text(CSS)
     # Formulas without the network: MathJax as a package of the registry has it

@@ -35,7 +35,7 @@ def in_language(notebook, language):
 
 
 def without_widgets(notebook):
-    """Progress bars are widgets, whose script a page would fetch from elsewhere."""
+    """Bars and sliders need a kernel, and a page would fetch their script from elsewhere."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if "outputs" in cell:

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import runpy
 import string
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
+from report import in_language, main, report_of, slides_of
 
 from dha_utils.compare.decision import gate
 from dha_utils.compare.wording import JAPANESE
@@ -17,7 +17,6 @@ from dha_utils.report import roll_out, used, wording, worst_contexts
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "06_decision_report.ipynb"
-report = runpy.run_path(str(ROOT / "docs" / "report.py"))
 
 
 def fields(text):
@@ -47,10 +46,10 @@ def test_everything_that_is_said_is_translated():
 
 def test_five_slides_and_the_decision_first():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    slides = report["slides_of"](report["in_language"](notebook, "en")).cells
+    slides = slides_of(in_language(notebook, "en")).cells
     headings = [cell.source.split("\n")[0] for cell in slides if cell.metadata["slideshow"]["slide_type"] == "slide"]
     assert len(headings) == 5 and "Decision" in headings[-1]
-    cells = report["report_of"](report["in_language"](notebook, "en")).cells
+    cells = report_of(in_language(notebook, "en")).cells
     assert cells[0].source.startswith("# ") and cells[1].source == "## Decision"
     assert shows_figures(cells[2]) and not any("## Try this" in cell.source for cell in cells)
 
@@ -61,7 +60,7 @@ def shows_figures(cell):
 
 def test_a_slide_has_the_chart_not_the_table_below_it():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    outputs = [[list(o["data"])[0] for o in cell.get("outputs", [])] for cell in report["slides_of"](notebook).cells]
+    outputs = [[list(o["data"])[0] for o in cell.get("outputs", [])] for cell in slides_of(notebook).cells]
     assert sum(kinds == ["image/png"] for kinds in outputs) == 3 and shows_figures(notebook.cells[-1])
 
 
@@ -70,7 +69,7 @@ def test_the_pages_are_made_in_the_language_of_the_run(tmp_path, monkeypatch):
     notebook.metadata["papermill"] = {"parameters": {"language": "ja"}}
     nbformat.write(notebook, tmp_path / "06_decision_report.ipynb")
     monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path / "06_decision_report.ipynb")])
-    report["main"]()
+    main()
     page = (tmp_path / "report.html").read_text()
     assert "判定" in page and "open_run(" not in page
     assert not re.findall(r'(?:src|href)="https?:|import\("http', page), "fetched from elsewhere"

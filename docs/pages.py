@@ -45,6 +45,7 @@ def main():
     shutil.copytree(ROOT / "benchmarks" / "results", arguments.out / "benchmarks" / "results")
     (arguments.out / "benchmarks" / "tasks").mkdir()
     shutil.copy(ROOT / "benchmarks" / "tasks" / "README.md", arguments.out / "benchmarks" / "tasks")
+    shutil.copytree(ROOT / "docs" / "examples", arguments.out / "docs" / "examples")
     shutil.copy(ROOT / "README.md", arguments.out / "index.md")
     (arguments.out / "site.css").write_text(CSS)
     # Formulas without the network: MathJax as a package of the registry has it

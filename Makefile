@@ -63,8 +63,8 @@ run: $(NOTEBOOKS:%=$(DIR)/%.ipynb)
 
 # Fetches the model, and says in one sentence what is wrong with a request
 check: setup
-	@$(BIN)/python -m dha_utils check $(PARAMETERS) $(SEARCH) $(LEARNING) $(TRAINING) $(CHART) $(ASKING)
-	@$(if $(filter report slides pdf site,$(MAKECMDGOALS)),$(BIN)/python -m dha_utils check $(PARAMETERS) $(REPORT))
+	@$(BIN)/python -m dha_utils check $(PARAMETERS) $(SEARCH) $(LEARNING) $(TRAINING) $(CHART) \
+		$(if $(filter report slides pdf site,$(MAKECMDGOALS)),$(REPORT),$(ASKING))
 
 # A notebook appears under its name only when it is finished
 define execute

@@ -108,7 +108,7 @@ def main():
         raise SystemExit(f"the tests have up to {longest} tokens and spans up to {EDGES[-1]}, the model reads {context}")
     training = token_blocks(tokenizer, load_text(arguments.text, "train"), arguments.length)
     unseen = partial(token_blocks, tokenizer, load_text(arguments.text, "validation"))
-    long, short = unseen(source.config.max_position_embeddings, arguments.texts), unseen(max(LAGS), arguments.draws)
+    long, short = unseen(context, arguments.texts), unseen(max(LAGS), arguments.draws)
     hay = unseen(arguments.needle_length, arguments.draws)
     setting = {"model": Path(arguments.model).name, "text": arguments.text, "draws": arguments.draws}
     setting |= {"texts": arguments.texts, "needle_length": arguments.needle_length, "device": arguments.device}

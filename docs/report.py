@@ -45,9 +45,11 @@ def without_widgets(notebook):
 
 def report_of(notebook):
     """What is tagged `decision` right behind the title, without what is tagged `not-in-report`."""
-    cells = {tag: [c for c in notebook.cells if tag in c.metadata.get("tags", [])] for tag in ("decision", "not-in-report")}
-    rest = [cell for cell in notebook.cells[1:] if cell not in sum(cells.values(), [])]
-    notebook.cells = [notebook.cells[0], *cells["decision"], *rest]
+    title, *cells = notebook.cells
+    decision, left_out = (
+        [cell for cell in cells if tag in cell.metadata.get("tags", [])] for tag in ("decision", "not-in-report")
+    )
+    notebook.cells = [title, *decision, *(cell for cell in cells if cell not in decision + left_out)]
     return notebook
 
 

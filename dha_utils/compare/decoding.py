@@ -7,9 +7,8 @@ import pandas as pd
 import torch
 from transformers import DynamicCache
 
-CACHE_MOVES = (
-    3  # of a cache in a step of `generate`: read, and by a `DynamicCache` written anew for what it appends, from a read
-)
+# Of a cache in a step of `generate`: read, and by a `DynamicCache` written anew for what it appends, from a read
+CACHE_MOVES = 3
 
 
 def random_cache(model, batch_size, context):

@@ -76,12 +76,11 @@ def read_baseline(path):
     """Raises ValueError if the file is not there, or no baseline."""
     try:
         baseline = json.loads(Path(path).read_text())
-        parts = (
-            ({"blocks", "length", "dtype"}, baseline),
-            *(({"mean", "limit", "what"}, m) for m in baseline["metrics"].values()),
-        )
-        if missing := sorted(set().union(*(names - part.keys() for names, part in parts))):
-            raise KeyError(*missing)
+        missing = {"blocks", "length", "dtype"} - baseline.keys()
+        for metric in baseline["metrics"].values():
+            missing |= {"mean", "limit", "what"} - metric.keys()
+        if missing:
+            raise KeyError(*sorted(missing))
         return baseline
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a baseline.json of notebook 06 ({type(error).__name__}: {error})") from error

@@ -25,8 +25,10 @@ if "google.colab" in sys.modules and not os.path.isdir("/content/dha"):
 EARLIER = """
 
 if ("google.colab" in sys.modules or "BINDER_REPO_URL" in os.environ) and not os.path.isdir("../runs/tutorial/recovered"):
+    import papermill
+
     for name in ("01_head_redundancy", "02_head_clusters", "03_head_fusion", "04_continued_pretraining"):
-        !{sys.executable} -m papermill {name}.ipynb /tmp/{name}.ipynb"""
+        papermill.execute_notebook(f"{name}.ipynb", f"/tmp/{name}.ipynb")"""
 
 
 def badges(address, name):

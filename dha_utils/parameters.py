@@ -8,7 +8,7 @@ from .compare.tasks import paper_tasks, text_items
 from .fuse.model import METHODS
 from .plan.allocate import budget_for_cache, heads_for_budget
 from .recover.pretrain import TRAINABLE
-from .runs import MADE_BY, check_run, find, fingerprint, require, write_run
+from .runs import MADE_BY, check_run, fingerprint, require, write_run
 from .sources.checkpoints import find_checkpoint, load_checkpoint
 from .sources.families import check_source
 from .sources.precision import DTYPES, dtype_name, pick_device, served_dtype
@@ -183,7 +183,7 @@ def check_report(tokenizer, unseen, length, other_text, documents=16, checkpoint
     if checkpoint not in MADE_BY:
         find_checkpoint(checkpoint)
     if task_folder is not None:
-        paper_tasks(find(task_folder))
+        paper_tasks(task_folder)
 
 
 def converted_model(run, checkpoint, source, tokenizer):

@@ -18,11 +18,14 @@ import pandas as pd
 import yaml
 from scipy.stats import binomtest
 
-from ..runs import ROOT, write_whole
+from ..runs import ROOT, find, write_whole
 
+log = logging.getLogger(__name__)
 TASKS = ROOT / "benchmarks" / "tasks"
+FETCHED = ROOT / "data" / "tasks"
 OWN = ("next_passage", "last_word")
 PAPER_TASKS = ("sciq", "piqa", "winogrande", "arc_easy", "arc_challenge", "hellaswag", "logiqa", "boolq", "lambada")
+AT_LM_EVAL = {"lambada": "lambada_openai"}  # elsewhere both have the same name
 CONTEXT, PASSAGE, CHOICES = 48, 12, 4  # words, words, passages
 LONG = 4  # letters: a last word that a sentence would not end with anyway
 UNSPACED = re.compile("[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # Thai to Burmese, Khmer, kana, CJK
@@ -117,12 +120,35 @@ def answers(model, tokenizer, folder, names=OWN, limit=None, batch_size=8):
     return pd.DataFrame(rows).astype({"right": int})
 
 
-def paper_tasks(folder):
-    """Those of `PAPER_TASKS` that the folder has items of. Raises ValueError if there are none."""
+def paper_tasks(task_folder):
+    """(folder, those of `PAPER_TASKS` that it has items of). `task_folder`: its name, or "hub": `data/tasks`, fetched.
+
+    Raises ValueError if there are none.
+    """
+    folder = fetch_tasks(FETCHED) if task_folder == "hub" else find(task_folder)
     names = [name for name in PAPER_TASKS if (folder / f"{name}.jsonl").is_file()]
     if not names:
         raise ValueError(f"{folder} has none of {', '.join(f'{name}.jsonl' for name in PAPER_TASKS)}")
-    return names
+    return folder, names
+
+
+def fetch_tasks(folder):
+    """lm-eval's items of the paper's tasks, from the hub, in the files that `folder` lacks; says which cannot be had."""
+    missing = [name for name in PAPER_TASKS if not (folder / f"{name}.jsonl").is_file()]
+    if missing:
+        from lm_eval.tasks import TaskManager  # takes seconds to import, and to read all tasks
+
+        manager = TaskManager()
+    for name in missing:
+        try:
+            [task] = manager.load([AT_LM_EVAL.get(name, name)])["tasks"].values()
+            write_whole(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in task.eval_docs))
+        except ConnectionError as error:
+            log.warning("the hub cannot be reached for %s (%s)", ", ".join(missing), error)
+            break
+        except (OSError, RuntimeError, ValueError) as error:
+            log.warning("the hub does not give %s (%s)", name, error)
+    return folder
 
 
 def draw_items(file, limit):

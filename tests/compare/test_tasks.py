@@ -6,12 +6,14 @@ import random
 import pandas as pd
 import pytest
 import yaml
-from datasets import disable_caching
+from datasets import Dataset, DatasetDict, disable_caching, load_dataset
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from dha_utils import load_checkpoint, load_text
+from dha_utils.compare import tasks
 from dha_utils.compare.tasks import (
+    AT_LM_EVAL,
     CHOICES,
     PAPER_TASKS,
     TASKS,
@@ -68,7 +70,7 @@ def test_a_text_without_spaces_is_asked_by_characters():
 def test_the_papers_tasks_are_those_with_items(tmp_path):
     for name in ("sciq", "piqa"):
         (tmp_path / f"{name}.jsonl").write_text("{}\n")
-    assert paper_tasks(tmp_path) == ["sciq", "piqa"]
+    assert paper_tasks(tmp_path) == (tmp_path, ["sciq", "piqa"])
 
 
 def test_items_are_counted_as_json_lines_are(tmp_path):
@@ -116,7 +118,6 @@ ROWS = {  # as the public files have them: (row, the same as lm-eval's copy on t
     "boolq": {"passage": "p", "question": "is it", "answer": True},
     "lambada": {"text": "one two three four"},
 }
-AT_LM_EVAL = {"lambada": "lambada_openai"}
 ON_THE_HUB = {
     name: {"question": "Why?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
     for name in ("arc_easy", "arc_challenge")
@@ -147,3 +148,37 @@ def test_the_papers_tasks_ask_what_lm_eval_asks(manager, name, tmp_path):
     assert asked == requests(manager, theirs, ON_THE_HUB.get(name, ROWS[name]), tmp_path)
     if name in ON_THE_HUB:
         assert requests(manager, ours, ON_THE_HUB[name], tmp_path) == asked
+
+
+def test_items_come_from_the_hub_and_what_it_does_not_give_is_said(monkeypatch, tmp_path, caplog):
+    """A hub that gives one row a task, of LogiQA a script, which is not run; offline, what is there stays."""
+    places = {"allenai/sciq": "sciq", "baber/piqa": "piqa", "allenai/winogrande": "winogrande", "aps/super_glue": "boolq"}
+    places |= {"allenai/ai2_arc": "arc_easy", "Rowan/hellaswag": "hellaswag", "EleutherAI/lambada_openai": "lambada"}
+
+    def load(path, name=None, **more):
+        if path == "json":
+            return load_dataset(path, name, **more)
+        if path == "EleutherAI/logiqa":
+            raise RuntimeError("Dataset scripts are no longer supported")
+        task = places[path]
+        rows = Dataset.from_list([ON_THE_HUB.get(task, ROWS[task])])
+        return DatasetDict({split: rows for split in ("train", "validation", "test")})
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    disable_caching()
+    monkeypatch.setattr(tasks, "FETCHED", tmp_path)
+    folder, names = paper_tasks("hub")
+    assert folder == tmp_path and set(PAPER_TASKS) - set(names) == {"logiqa"}
+    assert "does not give logiqa" in caplog.text
+    model, tokenizer = load_checkpoint("austen-mha")
+    assert set(answers(model, tokenizer, folder, names)["task"]) == set(names)
+
+    def offline(path, **_):
+        raise ConnectionError("no way there")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    assert paper_tasks("hub") == (folder, names)
+    assert "cannot be reached for logiqa (no way there)" in caplog.text
+    with pytest.raises(ValueError, match="has none of sciq.jsonl"):
+        monkeypatch.setattr(tasks, "FETCHED", tmp_path / "empty")
+        paper_tasks("hub")

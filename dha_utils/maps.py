@@ -47,13 +47,14 @@ def plan_maps(plans, title):
     """Heads kept in each layer (as the paper's Fig. 8): keys above, values below, one row per plan of {name: plan}."""
     layers = len(next(iter(plans.values())).key_heads)
     size = (max(6.5, 2.5 + 0.36 * layers), 1.6 + 0.75 * len(plans))
+    most = max(plan.source_heads for plan in plans.values())
+    largest = max(max(plan.key_heads + plan.value_heads) for plan in plans.values())
     figure, axes = plt.subplots(2, 1, figsize=size, sharex=True, layout="constrained")
     for axis, kind in zip(axes, ("key", "value")):
         rows = [getattr(plan, f"{kind}_heads") for plan in plans.values()]
-        most = max(plan.source_heads for plan in plans.values())
         shown = {
             "vmin": 1,
-            "vmax": max(map(max, rows)) + 1,
+            "vmax": largest + 1,
             "cmap": SHEET,
             "annot": True,
             "fmt": "d",
@@ -70,14 +71,20 @@ def plan_maps(plans, title):
 
 def score_maps(history, layer, title):
     """Distances of the ω rows of query heads (`search_scores`) in one layer: one column per step, keys above values."""
-    figure, axes = plt.subplots(2, len(history), figsize=(2.4 * len(history) + 1, 5.2), squeeze=False, layout="constrained")
+    size = (2.4 * len(history) + 1, 5.6)
+    figure, axes = plt.subplots(
+        2, len(history), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
     for row, kind in zip(axes, ("key", "value")):
         apart = {step: np.where(np.eye(len(s[kind][layer])), np.nan, s[kind][layer]) for step, s in history.items()}
         bottom, top = (bound(list(apart.values())) for bound in (np.nanmin, np.nanmax))
         for axis, (step, matrix) in zip(row, apart.items()):
             image = axis.imshow(matrix, vmin=bottom, vmax=top, cmap=SHEET)
-            axis.set(title=f"{kind}s, step {step}", xlabel="query head", ylabel="query head")
+            axis.set_title(f"{kind}s, step {step}")
             axis.grid(False)
+        row[0].set_ylabel("query head")
         figure.colorbar(image, ax=row, label="squared distance")
+    for axis in axes[1]:
+        axis.set_xlabel("query head")
     figure.suptitle(title)
     return figure

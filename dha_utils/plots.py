@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import display
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.cluster.hierarchy import dendrogram, linkage
 from scipy.spatial.distance import squareform
 
@@ -12,7 +13,14 @@ from .measure.similarity import pair_distance
 
 sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
 COLORS = sns.color_palette("colorblind")
+START_COLORS = {"broken": 3, "damaged": 1, "repaired": 0, "source": 7}  # as everywhere: of the palette
 pd.options.display.max_colwidth = None  # sentences in tables are shown whole
+YARDSTICKS = {
+    "weight_cka": "weight CKA",
+    "activation_cka": "activation CKA",
+    "spectral": "spectral similarity",
+    "energy_lost": "energy lost",
+}
 KIND_COLORS = {"query": COLORS[7], "key": COLORS[0], "value": COLORS[1]}
 
 
@@ -38,19 +46,23 @@ def yardstick_scatter(pairs, agreement, title):
 
     `pairs`: the rows of `benchmarks/similarity.py`; `agreement`: `rank_agreement(pairs)`.
     """
-    measures = ("weight_cka", "activation_cka", "spectral", "energy_lost")
-    figure, axes = plt.subplots(2, 4, figsize=(12.5, 6), sharex="col", sharey="row", layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(13, 6.5), sharex="col", sharey="row", layout="constrained")
     for row, kind in zip(axes, ("key", "value")):
         chosen = pairs[pairs["kind"] == kind]
-        for axis, measure in zip(row, measures):
-            axis.scatter(pair_distance(chosen, measure), chosen["divergence"], s=12, alpha=0.6, color=KIND_COLORS[kind])
-            axis.set(title=f"{kind}s, {measure}: ρ = {agreement.loc[measure, (kind, 'ρ')]:.2f}", yscale="log")
-        row[0].set_ylabel("cost (nats a token)")
-        for axis in row[2:]:
-            axis.set_xscale("log")
-    for axis in axes[1]:
-        axis.set_xlabel("distance: 1 − similarity")
-    axis.set_xlabel("energy lost")
+        for axis, (measure, name) in zip(row, YARDSTICKS.items()):
+            dots = {"c": chosen["layer"], "cmap": "cividis", "s": 14, "alpha": 0.8}
+            image = axis.scatter(pair_distance(chosen, measure), chosen["divergence"], **dots)
+            axis.set(title=f"{kind}s, {name}\nρ = {agreement.loc[measure, (kind, 'ρ')]:.2f}", yscale="log")
+        row[0].set_ylabel("cost: KL from the source\n(nats a token, log scale)")
+    for axis, label in zip(axes[1], (*["1 − similarity"] * 3, "energy lost (mean square)")):
+        axis.set_xlabel(label)
+    for axis in axes[1, 2:]:
+        axis.set(xscale="log", xlabel=f"{axis.get_xlabel()}, log scale")
+        low, high = axis.get_xlim()
+        axis.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 3), numticks=5))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    figure.colorbar(image, ax=axes, label="layer", shrink=0.6).ax.yaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(title)
     return figure
 
@@ -58,11 +70,18 @@ def yardstick_scatter(pairs, agreement, title):
 def planted_strips(distances, title):
     """Distances of all pairs of a planted checkpoint (`planted_distances`): copies in disguise beside strangers."""
     grid = sns.catplot(
-        distances.assign(distance=distances["distance"].clip(lower=1e-9)),  # exact zeros have no place on a log scale
+        # exact zeros have no place on a log scale
+        distances.assign(
+            distance=distances["distance"].clip(lower=1e-9),
+            metric=distances["metric"].map(YARDSTICKS).str.replace(" ", "\n"),
+        ),
         **{"x": "metric", "y": "distance", "hue": "pair", "col": "heads", "kind": "strip"},
         **{"dodge": True, "size": 4, "alpha": 0.5, "height": 4, "palette": {"copies": COLORS[2], "strangers": COLORS[3]}},
     )
-    grid.set(yscale="log", ylabel="distance: 1 − similarity", xlabel="")
+    grid.set(yscale="log", ylabel="distance: 1 − similarity (log scale)", xlabel="")
+    for axis in grid.axes.flat:
+        axis.axhline(1e-9, color="0.5", linestyle=":")
+    grid.axes.flat[0].annotate("0, up to rounding", (0, 1e-9), (0, 5), textcoords="offset points", ha="center", fontsize=9)
     grid.set_titles("{col_name}s")
     grid.figure.suptitle(title, y=1.03)
     return grid.figure
@@ -85,8 +104,11 @@ def layer_lines(table, title, ylabel="mean similarity of two heads", apart=False
     return figure
 
 
-def head_trees(similarity, layers, title):
-    """Dendrograms of the key heads (above) and value heads (below) of the chosen layers; distance is 1 − similarity."""
+def head_trees(distances, layers, title, ylabel):
+    """Dendrograms of the key heads (above) and value heads (below) of the chosen layers.
+
+    `distances`: {"key": {layer: [heads, heads]}, "value": ...}.
+    """
     size = (3 * len(layers) + 0.5, 5)
     figure, axes = plt.subplots(2, len(layers), figsize=size, sharey="row", squeeze=False, layout="constrained")
     joins = {}
@@ -94,7 +116,7 @@ def head_trees(similarity, layers, title):
         for axis, layer in zip(row, layers):
             axis.set(title=f"{kind}s, layer {layer}", xlabel="head")
             axis.grid(False)
-            distance = np.clip(1 - np.asarray(similarity[kind][layer]), 1e-6, None)
+            distance = np.clip(distances[kind][layer], 1e-6, None)
             if len(distance) == 1:
                 axis.text(0.5, 0.5, "one head: nothing to join", ha="center", transform=axis.transAxes)
                 continue
@@ -104,7 +126,7 @@ def head_trees(similarity, layers, title):
             joins.setdefault(kind, []).extend(tree[:, 2])
         if kind in joins:
             limits = (min(joins[kind]) / 2, 2 * max(joins[kind]))
-            row[0].set(yscale="log", ylim=limits, ylabel="distance: 1 − similarity")
+            row[0].set(yscale="log", ylim=limits, ylabel=ylabel)
     figure.suptitle(title)
     return figure
 
@@ -122,9 +144,9 @@ def perplexity_dots(table, base, title, control=None):
         axis.plot(columns[name], heights, marker, color=COLORS[place], markersize=8, label=name)
         for x, y in zip(columns[name], heights):
             axis.annotate(f"{x:,.1f}" if x < 100 else f"{x:,.0f}", (x, y), (8, -4), textcoords="offset points", fontsize=10)
+    if control:  # broad and pale: the two lines may fall together
+        axis.axvline(control, color="0.3", alpha=0.3, linewidth=6, label=f"source, trained alike: {control:.1f}")
     axis.axvline(base, color="0.3", linestyle="--", label=f"source: {base:.1f}")
-    if control:
-        axis.axvline(control, color="0.3", linestyle=":", label=f"source, trained alike: {control:.1f}")
     axis.set_yticks(np.arange(len(columns))[::-1], columns.index)
     axis.set(title=title, xlabel="validation perplexity (log scale; lower is better)", xscale="log")
     axis.margins(x=0.12)
@@ -136,15 +158,20 @@ def perplexity_dots(table, base, title, control=None):
 
 
 def recovery_curves(logs, base, title):
-    """Validation perplexity over tokens, a line per run of {name: training_log}: all of it, and what is near the source."""
+    """Validation perplexity over tokens, a line per run of {"start, aim": training_log}: all, and what is near the source.
+
+    A start has its colour in every chart, an aim its line.
+    """
     perplexities = [log["perplexity"] for log in logs.values()]
     near = min(base, *map(min, perplexities)) / 1.02, base * 1.3
     panels = 2 if max(map(max, perplexities)) > near[1] else 1
     figure, axes = plt.subplots(1, panels, figsize=(3 + 4 * panels, 4.2), squeeze=False, layout="constrained")
     for axis in axes[0]:
         for (name, log), marker in zip(logs.items(), "osD^vP*"):
-            axis.plot(log["tokens"] / 1e3, log["perplexity"], marker=marker, label=name)
-        axis.axhline(base, color="black", linestyle="--", label=f"source, untrained: {base:.1f}")
+            start, aim = name.split(", ")
+            look = {"color": COLORS[START_COLORS[start]], "linestyle": "--" if aim == "distilled" else "-"}
+            axis.plot(log["tokens"] / 1e3, log["perplexity"], marker=marker, label=name, **look)
+        axis.axhline(base, color="black", linestyle=":", label=f"source, untrained: {base:.1f}")
         axis.set_xlabel("training tokens (thousands)")
     if panels == 2:
         axes[0, 0].set(title="all (log scale)", yscale="log")
@@ -163,8 +190,9 @@ def compression_chart(lines, marks, bytes_per_token, title):
     "tokens". The upper axis is the size of the KV cache in bytes a token, `bytes_per_token` at a budget of 1.
     """
     figure, axes = plt.subplots(2, 1, figsize=(10, 9), sharex=True, layout="constrained")
+    colors = [COLORS[place] for place in (7, 9, 0, 3, 4, 2)]
     for axis, scale, top in zip(axes, ("log", "linear"), (None, 2)):
-        styles = zip(COLORS, "osD^vP", ("-", "--", "-.", ":", (0, (1, 3)), (0, (5, 1))))
+        styles = zip(colors, "osD^vP", ("-", "--", "-.", "-", ":", (0, (5, 1))))
         for line, (color, marker, style) in zip(lines.values(), styles):
             axis.plot(line.index * 100, line, color=color, marker=marker, linestyle=style)
         for (name, row), marker in zip(marks.iterrows(), "*PXhd"):
@@ -174,7 +202,7 @@ def compression_chart(lines, marks, bytes_per_token, title):
             )
         axis.set(ylabel=f"perplexity / source's ({scale} scale)", yscale=scale, ylim=(0.97, top))
         place = -np.inf
-        for name, end, color in sorted(zip(lines, (line.iloc[-1] for line in lines.values()), COLORS), key=lambda x: x[1]):
+        for name, end, color in sorted(zip(lines, (line.iloc[-1] for line in lines.values()), colors), key=lambda x: x[1]):
             _, height = (axis.transData - axis.transAxes).transform((0, end if top is None else min(end, top)))
             place = max(height, place + 0.06)  # names stand apart
             axis.text(1.01, place, name, transform=axis.transAxes, color=color, va="center", fontsize=11)
@@ -194,12 +222,14 @@ def fusion_curves(log, title):
     thousands = log["tokens"] / 1e3
     axes[0].plot(thousands, log["fusion_loss"], marker="o", label="L_fusion")
     axes[0].plot(thousands, log["target"], marker="s", linestyle="--", label="target t")
-    axes[0].set(title="fusion loss", ylabel="squared distance of ω rows")
+    axes[0].set(title="fusion loss", ylabel="squared distance\nof ω rows")
     axes[1].plot(thousands, log["multiplier"], marker="D", color=COLORS[4])
-    axes[1].set(title="multiplier λ", ylabel="price of a unit of L_fusion (nats)")
-    axes[2].plot(thousands, log["perplexity"], marker="o", label="each query head with its own ω")
-    axes[2].plot(thousands, log["collapsed_perplexity"], marker="s", linestyle="--", label="ω averaged in each group")
-    axes[2].set(title="perplexity", ylabel="validation perplexity (log scale)", yscale="log")
+    axes[1].set(title="multiplier λ", ylabel="price of a unit\nof L_fusion (nats)")
+    axes[2].plot(thousands, log["perplexity"], marker="o", label="each query head with its own mixture")
+    axes[2].plot(
+        thousands, log["collapsed_perplexity"], marker="s", linestyle="--", label="mixtures averaged in each group"
+    )
+    axes[2].set(title="perplexity", ylabel="validation perplexity\n(log scale)", yscale="log")
     plain_log(axes[2].yaxis)
     for axis in axes:
         axis.set_xlabel("training tokens (thousands)")

@@ -129,8 +129,9 @@ def pair_distance(pairs, measure):
 def rank_agreement(pairs, cost="divergence", resamples=1000, seed=0):
     """Does a pair that is more alike cost less to fuse? −Spearman's ρ of similarity and measured cost, one row per measure.
 
-    `pairs`: the rows of `benchmarks/similarity.py`; `cost`: "divergence" or "rise". Columns (kind, "ρ" | "low" |
-    "high"): 1 would be the same order, 0 none; 95 % interval by bootstrap over the pairs. "energy_lost" is a distance.
+    `pairs`: the rows of `benchmarks/similarity.py`; `cost`: "divergence" or "rise". Columns (kind, "ρ" | "low" | "high" |
+    "in a layer"): 1 would be the same order, 0 none; over the pairs of all layers, with a 95 % interval by bootstrap over
+    the pairs, and the mean over the layers of that within each. "energy_lost" is a distance.
     """
     table = {}
     for kind, chosen in pairs.groupby("kind"):
@@ -146,5 +147,8 @@ def rank_agreement(pairs, cost="divergence", resamples=1000, seed=0):
                 rng=seed,
             ).confidence_interval
             figures = {"ρ": spearmanr(*data).statistic, "low": drawn.low, "high": drawn.high}
+            figures["in a layer"] = np.mean(
+                [spearmanr(pair_distance(rows, measure), rows[cost]).statistic for _, rows in chosen.groupby("layer")]
+            )
             table.setdefault(measure, {}).update({(kind, name): value for name, value in figures.items()})
     return pd.DataFrame(table).T

@@ -6,6 +6,7 @@ Costs are functions of a group (a tuple of source heads); the cost of a partitio
 from functools import lru_cache
 from itertools import combinations
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -57,6 +58,24 @@ def enumerated(cost, heads):
         best.append(table)
     found = [best[n][full] for n in range(1, heads + 1)]
     return [(total, sorted(map(list, groups))) for total, groups in found]
+
+
+def pair_costs(energies, layers):
+    """The share of a layer's energy that two heads lose by sharing: {"key": {layer: [heads, heads]}, "value": ...}."""
+    tables = {"key": {}, "value": {}}
+    for layer in layers:
+        heads = len(energies[layer].query_weight)
+        for kind, cost in zip(tables, energies[layer].costs()):
+            table = np.zeros((heads, heads))
+            for i, j in combinations(range(heads), 2):
+                table[i, j] = table[j, i] = cost((i, j))
+            tables[kind][layer] = table
+    return tables
+
+
+def cheapest_pair(table):
+    """The two heads with the least entry in a table of `pair_costs`, or none where there is one head."""
+    return min(combinations(range(len(table)), 2), key=lambda pair: table[pair], default=())
 
 
 def group_heads(model, blocks, method="spectral", energies=None):

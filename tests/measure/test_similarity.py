@@ -16,10 +16,16 @@ from dha_utils.paper.search import omega_scores
 def test_rank_agreement_is_minus_spearmans():
     random = np.random.default_rng(0)
     pairs = pd.DataFrame({measure: random.random(60) for measure in MEASURES} | {"kind": ["key", "value"] * 30})
+    pairs["layer"] = np.repeat([0, 1], 30)
     pairs["divergence"] = np.exp(-pairs["spectral"])
     table = rank_agreement(pairs, resamples=200)
     assert list(table.index) == list(MEASURES)
     assert table.loc["spectral", [("key", "ρ"), ("value", "low")]].tolist() == pytest.approx([1, 1])
+    pairs["divergence"] = (
+        np.exp(-pairs["spectral"]) - 10 * pairs["layer"]
+    )  # the layers far apart, the order in each the same
+    apart = rank_agreement(pairs, resamples=200).loc["spectral", "key"]
+    assert apart["in a layer"] == pytest.approx(1) and apart["ρ"] < 0.9
     others = table.drop(index="spectral")["key"]
     assert ((others["low"] <= others["ρ"]) & (others["ρ"] <= others["high"])).all() and (others["low"] < 0.2).all()
 

@@ -3,12 +3,9 @@
 import numpy as np
 import pytest
 
+from dha_utils.measure.energies import head_energies
 from dha_utils.plan.many_heads import Groups, many_partitions
-from dha_utils.plan.partition import (
-    best_partitions,
-    group_heads,
-    pairwise_cost,
-)
+from dha_utils.plan.partition import best_partitions, cheapest_pair, group_heads, pair_costs, pairwise_cost
 
 
 def test_partition_costs_fall_with_heads(mha, blocks):
@@ -16,6 +13,17 @@ def test_partition_costs_fall_with_heads(mha, blocks):
         for kind in layer:
             costs = [cost for cost, _ in kind]
             assert costs == sorted(costs, reverse=True) and costs[-1] < 1e-5
+
+
+def test_the_cheapest_pair_is_the_first_that_the_search_joins(mha, blocks):
+    layer = len(mha.model.layers) - 1
+    tables = pair_costs(head_energies(mha, blocks), [layer])
+    for searched, table in zip(group_heads(mha, blocks)[layer], tables.values()):
+        cost, groups = searched[-2]
+        [pair] = [group for group in groups if len(group) == 2]
+        assert cheapest_pair(table[layer]) == tuple(pair)
+        assert table[layer][tuple(pair)] == table[layer].T[tuple(pair)] == pytest.approx(cost, abs=1e-5)
+    assert cheapest_pair(np.zeros((1, 1))) == ()
 
 
 def partitions_of(heads):

@@ -27,15 +27,17 @@ LINES = ("0.6", "0.35", COLORS[1], COLORS[0])  # of the chart, in the order of `
 def figures():
     """(the rows of `WAYS`, one per calibration draw and budget, with their `way`; the perplexity of the source).
 
-    A way that has read less text than most says so.
+    Each on its longest text of which all budgets are there; a way that has read less than most says so.
     """
     rows = pd.read_csv(RESULTS / "training_free_smollm2-135m.csv")
-    read = rows.groupby("method")["calibration_tokens"].transform("max")
-    rows = rows[rows["calibration_tokens"].eq(read)]
-    ways = pd.Series(list(zip(rows["method"], rows["allocation"])), rows.index).map(WAYS)
+    rows["way"] = pd.Series(list(zip(rows["method"], rows["allocation"])), rows.index).map(WAYS)
+    rows = rows.dropna(subset="way")
+    tried = rows.groupby(["way", "calibration_tokens"])["budget"].transform("nunique")
+    rows = rows[tried == rows["budget"].nunique()]
+    rows = rows[rows["calibration_tokens"] == rows.groupby("way")["calibration_tokens"].transform("max")]
     less = rows["calibration_tokens"].lt(rows["calibration_tokens"].max()) & rows["method"].ne("mean")
-    rows = rows.assign(way=ways.where(~less, ways + rows["calibration_tokens"].map(" (on {:,} tokens)".format)))
-    return rows.dropna(subset="way"), rows["base_perplexity"].iloc[0]
+    rows["way"] = rows["way"].where(~less, rows["way"] + rows["calibration_tokens"].map(" (on {:,} tokens)".format))
+    return rows, rows["base_perplexity"].iloc[0]
 
 
 def in_order(rows):

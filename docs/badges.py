@@ -16,9 +16,10 @@ INSTALL = """\
 import os
 import sys
 
-if "google.colab" in sys.modules and not os.path.isdir("/content/dha"):
-    !git clone -q https://github.com/{address} /content/dha
-    %pip install -q -e /content/dha[notebooks]
+if "google.colab" in sys.modules:
+    if not os.path.isdir("/content/dha"):
+        !git clone -q https://github.com/{address} /content/dha
+        %pip install -q -c /content/dha/constraints.txt -e /content/dha[notebooks]
     sys.path.insert(0, "/content/dha")
     %cd -q /content/dha/notebooks"""
 # Notebook 05 reads what 01 to 04 leave

@@ -62,9 +62,14 @@ def test_the_cell_installs_in_colab_and_walks_the_earlier_notebooks(copy, monkey
     assert not commands(first, monkeypatch) and len(commands(last, monkeypatch)) == 4
     monkeypatch.delenv("BINDER_REPO_URL")
     monkeypatch.setitem(sys.modules, "google.colab", sys)
-    install = ["git clone -q https://github.com/owner/name /content/dha", "%pip install -q -e /content/dha[notebooks]"]
+    install = [
+        "git clone -q https://github.com/owner/name /content/dha",
+        "%pip install -q -c /content/dha/constraints.txt -e /content/dha[notebooks]",
+    ]
     assert commands(first, monkeypatch) == [*install, "%cd -q /content/dha/notebooks"]
     assert commands(last, monkeypatch)[:2] == install and commands(last, monkeypatch)[3] == "01_head_redundancy.ipynb"
+    monkeypatch.setattr("os.path.isdir", lambda path: True)  # after a restart all is there, but for the folder to be in
+    assert commands(last, monkeypatch) == ["%cd -q /content/dha/notebooks"]
 
 
 def test_a_wrong_address_changes_nothing(copy):

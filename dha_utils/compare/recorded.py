@@ -17,17 +17,18 @@ RIVALS = {
 def recorded_rivals(model, text):
     """(perplexities over the source's, calibration tokens) of `RIVALS` on this checkpoint and text: a row a budget.
 
-    All have read the same number of tokens, the most that is recorded for all of them. Each is the better of its
-    allocations, a mean over the draws of the text. The table is empty if nothing is recorded.
+    All have read the same number of tokens, the number of which most budgets are recorded for all of them. Each is the
+    better of its allocations, a mean over the draws of the text. The table is empty if they have nothing in common.
     """
     path = RESULTS / f"training_free_{model}.csv"
     rows = pd.read_csv(path).query("text == @text and method in @RIVALS") if path.is_file() else pd.DataFrame()
+    by = ["calibration_tokens", "budget", "method", "allocation"]
+    if not rows.empty:
+        rows = rows.groupby(by)["ratio"].mean().groupby(by[:3]).min().unstack().reindex(columns=list(RIVALS)).dropna()
     if rows.empty:
         return pd.DataFrame(columns=list(RIVALS.values())), 0
-    by = ["calibration_tokens", "budget", "method", "allocation"]
-    means = rows.groupby(by)["ratio"].mean().groupby(by[:3]).min().unstack()[list(RIVALS)]
-    tokens = means.dropna().index.get_level_values(0).max()
-    return means.loc[tokens].sort_index(ascending=False).rename(columns=RIVALS).rename_axis(columns=None), int(tokens)
+    tokens = rows.groupby(level=0).size()[::-1].idxmax()
+    return rows.loc[tokens].sort_index(ascending=False).rename(columns=RIVALS).rename_axis(columns=None), int(tokens)
 
 
 def attention_times():
@@ -40,9 +41,12 @@ def attention_times():
 
 
 def speed_near(times, shape, batch, context, budget):
-    """(times as fast as transformers' source, measured batch, measured context): the nearest sizes that were measured."""
-    ratio = (times["source"] / times["DHA"]).loc[shape].unstack("budget")
-    sizes = np.array(list(ratio.index))
+    """(times as fast as transformers' source, batch, context): of the nearest sizes that were measured.
+
+    Between the measured budgets it is interpolated, all heads being the source in this project's code; below them NaN.
+    """
+    ratios = {name: (times["source"] / times[name]).loc[shape].unstack("budget") for name in ("DHA", "source, our code")}
+    sizes = np.array(list(ratios["DHA"].index))
     nearest = np.abs(np.log(sizes / [batch, context])).sum(1).argmin()
-    measured = ratio.iloc[nearest].sort_index()
-    return float(np.interp(budget, [*measured.index, 1.0], [*measured, 1.0])), *map(int, sizes[nearest])
+    measured, own = (ratio.iloc[nearest].sort_index() for ratio in ratios.values())
+    return float(np.interp(budget, [*measured.index, 1.0], [*measured, own.mean()], left=np.nan)), *map(int, sizes[nearest])

@@ -25,6 +25,7 @@ TASKS = ROOT / "benchmarks" / "tasks"
 FETCHED = ROOT / "data" / "tasks"
 OWN = ("next_passage", "last_word")
 PAPER_TASKS = ("sciq", "piqa", "winogrande", "arc_easy", "arc_challenge", "hellaswag", "logiqa", "boolq", "lambada")
+SCRIPTS = ("logiqa",)  # on the hub they are programs, and no code from elsewhere is run
 AT_LM_EVAL = {"lambada": "lambada_openai"}  # elsewhere both have the same name
 CONTEXT, PASSAGE, CHOICES = 48, 12, 4  # words, words, passages
 LONG = 4  # letters: a last word that a sentence would not end with anyway
@@ -134,7 +135,7 @@ def paper_tasks(task_folder):
 
 def fetch_tasks(folder):
     """lm-eval's items of the paper's tasks, from the hub, in the files that `folder` lacks; says which cannot be had."""
-    missing = [name for name in PAPER_TASKS if not (folder / f"{name}.jsonl").is_file()]
+    missing = [name for name in PAPER_TASKS if name not in SCRIPTS and not (folder / f"{name}.jsonl").is_file()]
     if missing:
         from lm_eval.tasks import TaskManager  # takes seconds to import, and to read all tasks
 
@@ -146,7 +147,7 @@ def fetch_tasks(folder):
         except ConnectionError as error:
             log.warning("the hub cannot be reached for %s (%s)", ", ".join(missing), error)
             break
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # of the network, of the data or of lm-eval: the others may be had
             log.warning("the hub does not give %s (%s)", name, error)
     return folder
 

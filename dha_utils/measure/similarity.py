@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import bootstrap, spearmanr
+from scipy.stats import bootstrap, sem, spearmanr
 
 from ..sources.families import check_source
 from .energies import HeadEnergies, share
@@ -130,8 +130,8 @@ def rank_agreement(pairs, cost="divergence", resamples=1000, seed=0):
     """Does a pair that is more alike cost less to fuse? −Spearman's ρ of similarity and measured cost, one row per measure.
 
     `pairs`: the rows of `benchmarks/similarity.py`; `cost`: "divergence" or "rise". Columns (kind, "ρ" | "low" | "high" |
-    "in a layer"): 1 would be the same order, 0 none; over the pairs of all layers, with a 95 % interval by bootstrap over
-    the pairs, and the mean over the layers of that within each. "energy_lost" is a distance.
+    "in a layer" | "±"): 1 would be the same order, 0 none; over the pairs of all layers, with a 95 % interval by bootstrap
+    over the pairs; and the mean over the layers of that within each, with its standard error. "energy_lost" is a distance.
     """
     table = {}
     for kind, chosen in pairs.groupby("kind"):
@@ -147,8 +147,8 @@ def rank_agreement(pairs, cost="divergence", resamples=1000, seed=0):
                 rng=seed,
             ).confidence_interval
             figures = {"ρ": spearmanr(*data).statistic, "low": drawn.low, "high": drawn.high}
-            figures["in a layer"] = np.mean(
-                [spearmanr(pair_distance(rows, measure), rows[cost]).statistic for _, rows in chosen.groupby("layer")]
-            )
+            layers = chosen.groupby("layer")
+            within = [spearmanr(pair_distance(rows, measure), rows[cost]).statistic for _, rows in layers]
+            figures |= {"in a layer": np.nanmean(within), "±": sem(within, nan_policy="omit")}
             table.setdefault(measure, {}).update({(kind, name): value for name, value in figures.items()})
     return pd.DataFrame(table).T

@@ -124,8 +124,7 @@ class DhaAttention(LlamaAttention):
             lowest = torch.finfo(scores.dtype).min
             scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask.bool(), lowest)
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-        output = self.value_groups.ungroup(self.value_groups.grouped(weights) @ value, new)
-        return output.transpose(1, 2), weights
+        return self.value_groups.mixtures(weights, value).transpose(1, 2), weights
 
     def _check_cache(self, cache):
         """Refuses a cache that cannot hold this layer's heads; a `DynamicCache()` has no layers before its first update."""

@@ -84,8 +84,7 @@ def group_heads(model, blocks, method="spectral", energies=None):
     Costs are relative: the share lost of the energy of all heads of that layer and kind.
     """
     check_method(method)
-    if method == "spectral" and energies is None:
-        energies = head_energies(model, blocks)
+    energies = (energies or head_energies(model, blocks)) if method == "spectral" else None
     layers = tqdm(each_layer(model), "grouping", len(model.model.layers), leave=False)
     return [layer_partitions(layer.self_attn, energies[index] if energies else None) for index, layer in layers]
 

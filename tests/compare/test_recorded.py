@@ -1,5 +1,7 @@
 """What was recorded, as the notebooks quote it."""
 
+import math
+
 import pandas as pd
 import pytest
 
@@ -28,17 +30,27 @@ def test_rivals_are_compared_on_the_same_text(monkeypatch, tmp_path):
     assert table.loc[0.5].to_dict() == pytest.approx({"low rank": 1.45, "low rank, refitted": 1.25, "DHA, refitted": 1.35})
     for other in (("another", "austen"), ("a-model", "wikipedia")):
         assert recorded_rivals(*other)[0].empty
+    every = pd.DataFrame(rows, columns=columns)
+    more = every[every["calibration_tokens"] == 100].assign(calibration_tokens=900)
+    third = every[every["calibration_tokens"] == 100].assign(budget=0.3333)
+    pd.concat([every, more, third]).to_csv(tmp_path / "training_free_a-model.csv")
+    assert recorded_rivals("a-model", "austen")[1] == 100, "more budgets are better than more text"
+    pd.concat([every, more]).to_csv(tmp_path / "training_free_a-model.csv")
+    assert recorded_rivals("a-model", "austen")[1] == 900
+    every[every["method"] == "low rank"].to_csv(tmp_path / "training_free_a-model.csv")
+    assert recorded_rivals("a-model", "austen")[0].empty, "nothing to compare"
 
 
 def test_the_speed_is_that_of_the_nearest_measured_size():
     index = pd.MultiIndex.from_product(
         [["A"], [1, 8], [512, 4096], [0.25, 0.5]], names=["shape", "batch", "context", "budget"]
     )
-    times = pd.DataFrame({"source": 8.0, "DHA": [8.0, 8.0, 4.0, 6.0, 4.0, 8.0, 2.0, 4.0]}, index)
+    times = pd.DataFrame({"source": 8.0, "source, our code": 5.0, "DHA": [8.0, 8.0, 4.0, 6.0, 4.0, 8.0, 2.0, 4.0]}, index)
     assert speed_near(times, "A", 6, 100_000, 0.25) == (4.0, 8, 4096)
     assert speed_near(times, "A", 1, 700, 0.25) == (1.0, 1, 512)
-    assert speed_near(times, "A", 8, 4096, 0.75) == (1.5, 8, 4096), "between the measured one and all heads"
-    assert speed_near(times, "A", 8, 4096, 1.0)[0] == 1
+    assert speed_near(times, "A", 8, 4096, 0.75)[0] == pytest.approx(1.8), "between the measured one and all heads"
+    assert speed_near(times, "A", 8, 4096, 1.0)[0] == pytest.approx(1.6), "of the source in the same code"
+    assert math.isnan(speed_near(times, "A", 8, 4096, 0.1)[0]), "fewer heads than were measured"
 
 
 def test_the_committed_figures_can_be_read():

@@ -16,14 +16,29 @@ def head_maps(draw):
     return draw(st.permutations([*range(count), *draw(st.lists(st.integers(0, count - 1), max_size=5))]))
 
 
-@pytest.mark.parametrize("many", [0, 10**9], ids=["a product a group", "one product"])
+WAYS = {  # "MANY" and "SLOW_HALVES" of the module, dtype and tolerance
+    "one product": (10**9, False, torch.float32, 1e-5),
+    "a product a group": (0, False, torch.float32, 1e-5),
+    "16 bits": (10**9, False, torch.bfloat16, 0.2),
+    "16 bits where they are slow": (10**9, True, torch.bfloat16, 0.01),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @given(head_map=head_maps(), new=st.integers(1, 3), batch=st.integers(1, 2))
-def test_each_head_meets_the_keys_of_its_group(many, head_map, new, batch):
+def test_each_head_meets_the_keys_and_values_of_its_group(way, head_map, new, batch):
+    many, slow, dtype, tolerance = WAYS[way]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(groups, "MANY", many)
-        query, table = torch.randn(batch, len(head_map), new, 4), QueryGroups(head_map)
-        key = torch.randn(batch, table.count, 6, 4)
-        assert torch.allclose(table.products(query, key), query @ key[:, head_map].mT, atol=1e-5)
+        patch.setattr(groups, "SLOW_HALVES", slow)
+        query, table = torch.randn(batch, len(head_map), new, 4).to(dtype), QueryGroups(head_map)
+        key = torch.randn(batch, table.count, 6, 4).to(dtype)
+        scores = query.float() @ key[:, head_map].float().mT
+        assert torch.allclose(table.products(query, key).float(), scores, atol=tolerance)
+        weights = scores.softmax(-1).to(dtype)
+        mixed = table.mixtures(weights, key)
+        assert mixed.dtype == dtype
+        assert torch.allclose(mixed.float(), weights.float() @ key[:, head_map].float(), atol=max(tolerance, 0.02))
 
 
 @given(head_map=head_maps(), new=st.integers(1, 3))

@@ -26,6 +26,11 @@ def test_the_cheapest_pair_is_the_first_that_the_search_joins(mha, blocks):
     assert cheapest_pair(np.zeros((1, 1))) == ()
 
 
+def test_energies_do_not_decide_where_heads_are_pooled(mha, blocks):
+    pooled = group_heads(mha, blocks, "mean")
+    assert group_heads(mha, blocks, "mean", head_energies(mha, blocks)) == pooled != group_heads(mha, blocks)
+
+
 def partitions_of(heads):
     """Every partition of a list, by hand."""
     if not heads:

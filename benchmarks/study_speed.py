@@ -37,12 +37,14 @@ def speedup_chart(speeds, title):
     figure, axes = plt.subplots(
         1, len(budgets), figsize=(12, 8.3), sharey=True, sharex=True, squeeze=False, layout="constrained"
     )
+    rows = speeds.reset_index().sort_values(["shape", "batch", "context"])
+    sizes = zip(rows["batch"], rows["context"])
+    rows["case"] = rows["shape"] + [f", batch {batch}, context {context}" for batch, context in sizes]
+    if "dtype" in rows:
+        rows["case"] += "\n(" + rows["layers"].astype(str) + " layers, " + rows["dtype"] + ")"
+    cases = list(dict.fromkeys(rows["case"]))  # of all budgets: the panels share an axis
     for axis, budget in zip(axes[0], budgets):
-        chosen = speeds.xs(budget, level="budget").reset_index().sort_values(["shape", "batch", "context"])
-        chosen["case"] = (
-            chosen["shape"] + ", batch " + chosen["batch"].astype(str) + ", context " + chosen["context"].astype(str)
-        )
-        cases = list(dict.fromkeys(chosen["case"]))
+        chosen = rows[rows["budget"] == budget]
         for offset, (method, color) in enumerate(zip(METHODS, COLORS)):
             own = chosen[chosen["method"] == method]
             height = own["case"].map(cases.index).astype(float) + 0.2 * (offset - 1.5)
@@ -50,7 +52,7 @@ def speedup_chart(speeds, title):
             axis.errorbar(own["measured_speedup"], height, xerr=spread, fmt="o", color=color, label=method)
             axis.scatter(own["predicted_speedup"], height, facecolor="none", edgecolor=color, s=60)
         axis.axvline(1, color="black", linestyle="--")
-        axis.set(title=f"{budget:.0%} of the cache", xlabel="times as fast as the source (log scale)", xscale="log")
+        axis.set(title=f"{budget:.0%} of the cache", xlabel="times as fast (log scale)", xscale="log")
         axis.set_yticks(range(len(cases)), cases)
         plain_log(axis.xaxis)
     axes[0, 0].invert_yaxis()

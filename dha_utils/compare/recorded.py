@@ -36,7 +36,9 @@ def attention_times():
 
     A column a method: "source" is transformers' own, "source, our code" the same heads in this project's attention.
     """
-    rows = pd.read_csv(RESULTS / "decode.csv").query("part == 'attention' and threads == 2")
+    rows = pd.read_csv(RESULTS / "decode.csv").query(
+        "part == 'attention' and threads == 2 and device == 'cpu' and dtype == 'float32'"
+    )
     return rows.pivot(index=["shape", "batch", "context", "budget"], columns="method", values="seconds")
 
 

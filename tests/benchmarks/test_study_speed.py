@@ -56,3 +56,13 @@ def test_a_method_that_a_part_has_not_leaves_its_place_empty(rows):
     figure = speedup_chart(cases(speedups(rows), "attention"), "title")
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["s, batch 2, context 8"]
     assert len(figure.axes[0].collections) >= len(METHODS)
+
+
+def test_a_row_has_the_same_name_in_every_panel(rows):
+    """A shape that was measured at one budget only does not shift the others."""
+    attention = rows[rows["part"] == "attention"]
+    other = attention.assign(shape="a", budget=0.25)
+    figure = speedup_chart(cases(speedups(pd.concat([attention, other])), "attention"), "title")
+    labels = [text.get_text().split(",")[0] for text in figure.axes[0].get_yticklabels()]
+    places = [{round(float(y)) for line in axis.containers for y in line[0].get_ydata()} for axis in figure.axes]
+    assert labels == ["a", "s"] and places == [{1}, {0}]

@@ -55,10 +55,11 @@ def trained():
     return means["refitted"] / means["source"].item()
 
 
-def spread(values):
-    """Mean and range in words; the mean alone where rounding leaves no range."""
+def spread(values, draws=0):
+    """Mean and range in words; the mean alone where rounding leaves no range. Says if it is of fewer than `draws` draws."""
     low, high = f"{values.min():,.1f}", f"{values.max():,.1f}"
-    return f"{values.mean():,.1f}" + (f" ({low} to {high})" if low != high else "")
+    said = [f"{low} to {high}"] * (low != high) + [f"{len(values)} of {draws} draws"] * (len(values) < draws)
+    return f"{values.mean():,.1f}" + (f" ({', '.join(said)})" if said else "")
 
 
 def table():
@@ -68,7 +69,9 @@ def table():
     lines = ["| before training | " + " | ".join(f"{budget:.0%} of the cache" for budget in budgets) + " |"]
     lines += ["|---" * (len(budgets) + 1) + "|", "| source | " + " | ".join(f"{source:.1f}" for _ in budgets) + " |"]
     for way in in_order(rows):
-        cells = [spread(rows.loc[(rows["way"] == way) & (rows["budget"] == budget), "perplexity"]) for budget in budgets]
+        own = rows[rows["way"] == way]
+        draws = 1 if way == WAYS["mean", "uniform"] else rows["seed"].nunique()  # pooling reads no text
+        cells = [spread(own.loc[own["budget"] == budget, "perplexity"], draws) for budget in budgets]
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

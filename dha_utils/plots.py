@@ -54,10 +54,10 @@ def yardstick_scatter(pairs, agreement, title):
             image = axis.scatter(pair_distance(chosen, measure), chosen["divergence"], **dots)
             axis.set(title=f"{kind}s, {name}\nρ = {agreement.loc[measure, (kind, 'ρ')]:.2f}", yscale="log")
         row[0].set_ylabel("cost: KL from the source\n(nats a token, log scale)")
-    for axis, label in zip(axes[1], (*["1 − similarity"] * 3, "energy lost (mean square)")):
+    for axis, label in zip(axes[1], (*["1 − similarity"] * 3, "energy lost")):
         axis.set_xlabel(label)
     for axis in axes[1, 2:]:
-        axis.set(xscale="log", xlabel=f"{axis.get_xlabel()}, log scale")
+        axis.set(xscale="log", xlabel=f"{axis.get_xlabel()} (log)")
         low, high = axis.get_xlim()
         axis.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 3), numticks=5))
         axis.xaxis.set_major_formatter("{x:g}")

@@ -8,35 +8,10 @@ import pandas as pd
 import seaborn as sns
 
 from .compare.decision import GO
-from .compare.wording import JAPANESE
 from .measure.perplexity import interval
 from .plots import COLORS
 
 BEFORE, AFTER = COLORS[7], COLORS[0]  # the source, the converted model
-
-
-def wording(language="en"):
-    """`say(text, **figures)`: the English `text` in `language` (`en` or `ja`), figures put in; a table gets its names.
-
-    For Japanese, charts get a font that has its letters. Raises KeyError for a sentence that has no translation; names of
-    tables that have none, such as tasks and numbers, stay as they are.
-    """
-    translations = JAPANESE if language == "ja" else {}
-    if translations:
-        import matplotlib_fontja
-
-        matplotlib_fontja.japanize()
-
-    def name(text):
-        return translations.get(text, text)
-
-    def say(text, /, **figures):
-        if isinstance(text, pd.DataFrame):
-            table = text.map(lambda cell: name(cell) if isinstance(cell, str) else cell).rename(index=name, columns=name)
-            return table.rename_axis(index=list(map(name, text.index.names)), columns=list(map(name, text.columns.names)))
-        return (translations[text] if translations else text).format(**figures)
-
-    return say
 
 
 def document_ratios(tables, say):
@@ -119,7 +94,11 @@ def gate_chart(table, say):
         axis.plot(measured, place, "o", color=colors[row["verdict"]])
         axis.text(1.02, place, say(row["verdict"]), transform=axis.get_yaxis_transform(), va="center")
     axis.axvline(1, color="black", linestyle="--")
-    axis.set_yticks(range(len(table)), table.index)
+    signs = {"at most": "≤", "at least": "≥"}
+    rows = zip(table.index, table["measured"], table["must be"], table["limit"])
+    axis.set_yticks(
+        range(len(table)), [f"{name}: {got:.0%} ({signs[must]} {limit:.0%})" for name, got, must, limit in rows]
+    )
     axis.set(
         ylim=(len(table) - 0.5, -0.5), xlim=(0, None), xlabel=say("how much of its limit is used up (right of 1: it fails)")
     )
@@ -149,7 +128,8 @@ def worst_contexts(tokenizer, blocks, tokens, say, count=5, before=16):
 def roll_out(say, verdict, baseline, path, name, kept, asked, measured):
     """A checklist (markdown) from this report to all users and back, with the figures that each step has to meet.
 
-    `baseline`, at `path`: of `write_baseline`; `kept`: share of the cache; `asked`, `measured`: agreement with the source.
+    `baseline`, at `path`: of `write_baseline`; `kept`: share of the cache; `asked`: agreement with the source, `measured`:
+    {kind of text: the same}.
     """
     loss, rate = baseline["metrics"]["loss"], baseline["false_alarms"]
     steps = {
@@ -158,13 +138,16 @@ def roll_out(say, verdict, baseline, path, name, kept, asked, measured):
         ),
         "shadow traffic": say(
             "Answer a copy of real requests, show nobody. "
-            "Agreement with the source at least {agreement:.0%}; here {measured:.0%}.",
+            "Agreement with the source, both reading the same text (`dha_utils.compare.drift.token_drift`), at least "
+            "{agreement:.0%}; here {measured}.",
             agreement=asked,
-            measured=measured,
+            measured=", ".join(f"{share:.0%} ({text})" for text, share in measured.items()),
         ),
         "canary": say(
-            "A small share of users. LM loss at most {limit:.3f} nats a token on text like {text} (here {mean:.3f}); "
-            "memory a request {share:.0%} of the source's.",
+            "A small share of users. LM loss at most {limit:.3f} nats a token on text like {text} (here {mean:.3f}): an "
+            "alarm for drift and no limit of quality, since it allows {more:.0%} more perplexity than was accepted. "
+            "Memory a request {share:.0%} of the source's.",
+            more=np.exp(loss["limit"] - loss["mean"]) - 1,
             text=baseline["text"],
             limit=loss["limit"],
             mean=loss["mean"],
@@ -178,9 +161,82 @@ def roll_out(say, verdict, baseline, path, name, kept, asked, measured):
         ),
         "way back": say(
             "The source's weights stay where they are: requests go back to it. "
-            "Its cache is {times:.1f} times as large, so room for that stays reserved.",
+            "Its cache is {times:.1f} times as large: until this way is given up, the memory saved cannot be given to more "
+            "requests.",
             times=1 / kept,
         ),
     }
     ticks = {"offline": "x"} if verdict == GO else {}
     return "\n".join(f"- [{ticks.get(step, ' ')}] **{say(step)}.** {text}" for step, text in steps.items())
+
+
+def findings(say, means, scores, unjudged, circles, speed, limits, **named):
+    """What notebook 06 found (markdown), the verdict first and what it does not cover last.
+
+    `means`: {kind of text: `summary`}, the first two are told; `scores`: of `compare_answers`; `unjudged`: tasks without a
+    gate; `circles`: {model: share repeated}; `limits`: {parameter of a gate: value}.
+    """
+    (text, here), (other, there) = list(means.items())[:2]
+    before, elsewhere = (np.exp(table.loc["source_loss", "mean"]) for table in (here, there))
+    turned = (scores["lost"] + scores["won"]).sum() / scores["items"].sum()
+    lines = [
+        say("**{verdict}** for {model} ({size:.3g} million weights), `{checkpoint}`: {because}", **named),
+        say(
+            "Perplexity on {text} rises from {before:.1f} by {mean:.1%} (95 % interval {low:.1%} to {high:.1%}), on "
+            "{other} from {elsewhere:.1f} by {more:.1%}.",
+            text=text,
+            before=before,
+            **(np.exp(here.loc["increase"]) - 1).round(6),
+            other=other,
+            elsewhere=elsewhere,
+            more=np.exp(there.loc["increase", "mean"]) - 1,
+        ),
+        say(
+            "Both models expect the same token in {agreement:.0%} of places on {text}, in {elsewhere:.0%} on {other}; "
+            "{turned:.0%} of {count} answers turned right or wrong.",
+            agreement=here.loc["agree", "mean"],
+            text=text,
+            elsewhere=there.loc["agree", "mean"],
+            other=other,
+            turned=turned,
+            count=int(scores["items"].sum()),
+        ),
+        say(
+            "The cache is {kept:.0%} of the source's; on this machine {fast:.2f} times as many tokens a second "
+            "({predicted:.2f} predicted from bytes), {batch} users with {context:,} tokens each.",
+            fast=speed["times as fast, measured"],
+            predicted=speed["times as fast, predicted from bytes"],
+            **named,
+        ),
+        say(
+            "Always taking the likeliest token, it repeats {after:.0%} of what it writes, the source {before:.0%} "
+            "({prompts} prompts; no gate).",
+            after=circles["converted model"],
+            before=circles["source"],
+            **named,
+        ),
+    ]
+    if len(unjudged):
+        rights = (f"{task} ({scores.loc[task, 'source']:.0%} → {scores.loc[task, 'model']:.0%})" for task in unjudged)
+        lines.append(
+            say(
+                "Not judged, since the source has at most {largest_task_drop:.0%} right: {tasks}.",
+                tasks=", ".join(rights),
+                **limits,
+            )
+        )
+    lines += [
+        say(
+            "The limits are parameters, examples unless you set them: perplexity at most {largest_increase:.0%} more, "
+            "agreement at least {smallest_agreement:.0%}, right answers at most {largest_task_drop:.0%} fewer, answers "
+            "turned at most {most_flips:.0%}, cache at least {smallest_saving:.0%} smaller.",
+            **limits,
+        ),
+        say(
+            "Not measured here: quality beyond {length} tokens of context, how instructions are followed, speed on an "
+            "accelerator. One conversion, one seed: the intervals are over texts and questions only. "
+            "Other sizes, and other ways to the same size: notebook 5.",
+            **named,
+        ),
+    ]
+    return "\n".join(f"- {line}" for line in lines)

@@ -12,8 +12,8 @@ import torch
 from report import in_language, main, report_of, slides_of
 
 from dha_utils.compare.decision import gate
-from dha_utils.compare.wording import JAPANESE
-from dha_utils.report import roll_out, used, wording, worst_contexts
+from dha_utils.compare.wording import JAPANESE, wording
+from dha_utils.report import findings, roll_out, used, worst_contexts
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "06_decision_report.ipynb"
@@ -80,9 +80,11 @@ def test_the_pages_are_made_in_the_language_of_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("verdict, tick", [("GO", "x"), ("NO-GO", " "), ("CANNOT TELL", " ")])
 def test_only_a_go_is_a_step_done(verdict, tick):
     baseline = {"text": "austen", "metrics": {"loss": {"mean": 2.0, "limit": 2.1}}, "false_alarms": 0.0004}
-    steps = roll_out(wording(), verdict, baseline, "a run/baseline.json", "m", 0.25, 0.6, 0.7)
+    steps = roll_out(wording(), verdict, baseline, "a run/baseline.json", "m", 0.25, 0.6, {"austen": 0.7, "wikipedia": 0.5})
     assert steps.startswith(f"- [{tick}] **offline") and steps.count("[x]") == (tick == "x")
     assert "--baseline 'a run/baseline.json'" in steps and "in one of 2,500 checks" in steps
+    assert "here 70% (austen), 50% (wikipedia)" in steps
+    assert "allows 11% more perplexity" in steps, "e to the 0.1 nats between mean and limit"
 
 
 def test_a_sentence_needs_its_translation_a_name_does_not():
@@ -101,6 +103,24 @@ def test_at_its_limit_a_gate_is_used_up(most):
     assert used(0.25, gate(0.25, 0.25, 0.25, 0.25, most)) == pytest.approx(1)
     better, worse = (0.2, 0.3) if most else (0.3, 0.2)
     assert used(better, gate(0, 0, 0, 0.25, most)) < 1 < used(worse, gate(0, 0, 0, 0.25, most))
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_what_is_not_judged_is_said(language):
+    one = pd.DataFrame({"mean": [3.0, 0.1, 0.8], "low": 0.05, "high": 0.15}, index=["source_loss", "increase", "agree"])
+    scores = pd.DataFrame({"source": [0.5, 0.05], "model": [0.4, 0.02], "items": 100, "lost": 12, "won": 3}, ["a", "b"])
+    limits = {"largest_increase": 0.15, "smallest_agreement": 0.6, "largest_task_drop": 0.1, "most_flips": 0.25}
+    speed = {"times as fast, measured": 1.5, "times as fast, predicted from bytes": 2.5}
+    named = {"verdict": "GO", "because": "", "model": "m", "checkpoint": "c", "size": 1.0, "kept": 0.25, "batch": 8}
+    named |= {"context": 1000, "prompts": 3, "length": 256}
+    means, circles = {"austen": one, "wikipedia": 2 * one}, {"source": 0.125, "converted model": 0.375}
+    told = findings(
+        wording(language), means, scores, ["b"], circles, speed, limits | {"smallest_saving": 0.125}, **named
+    ).split("\n")
+    assert len(told) == 8 and all(line.startswith("- ") for line in told)
+    assert "20.1" in told[1] and "10.5%" in told[1] and "22.1%" in told[1]
+    assert "15%" in told[2] and "200" in told[2]
+    assert "38%" in told[4] and "12%" in told[4] and "b (5% → 2%)" in told[5] and "60%" in told[6]
 
 
 class Letters:

@@ -1,5 +1,7 @@
 """What notebook 06 says, in Japanese: {English: Japanese}. Its markdown cells carry theirs in their metadata (`ja`)."""
 
+import pandas as pd
+
 JAPANESE = {
     # verdicts
     "GO": "GO（変換してよい）",
@@ -35,7 +37,14 @@ JAPANESE = {
     "layer": "層",
     "Change of each head's share in what its layer's attention adds": "各ヘッドの寄与の割合の変化（層ごと）",
     "requests": "要求数",
-    "Requests of {context:,} tokens that fit beside the weights": "重みと合わせてメモリに収まる {context:,} トークンの要求数",
+    "Requests of {context:,} tokens that fit beside the weights (computed; only {name} was converted)": (
+        "重みと合わせてメモリに収まる {context:,} トークンの要求数（計算値。変換したのは {name} のみ）"
+    ),
+    "memory (GB)": "メモリ（GB）",
+    "bandwidth (GB/s)": "帯域（GB/s）",
+    "price an hour": "一時間の価格",
+    "assumed": "仮定",
+    "{batch} users × {context:,} tokens": "利用者 {batch} 人 × {context:,} トークン",
     "how much of its limit is used up (right of 1: it fails)": "限度をどれだけ使っているか（1 より右は不合格）",
     "Gates: measured, with 95 % intervals": "ゲート：測定値と 95 % 区間",
     # tables
@@ -117,33 +126,65 @@ JAPANESE = {
     "full": "全面導入",
     "way back": "引き返す道",
     "This report: {verdict}; {name} at {kept:.0%} of its cache.": "この報告：{verdict}。{name}、キャッシュは {kept:.0%}。",
-    "Answer a copy of real requests, show nobody. Agreement with the source at least {agreement:.0%}; here {measured:.0%}.": (
-        "実際の要求の写しに答え、誰にも見せない。ソースとの一致率は {agreement:.0%} 以上（ここでは {measured:.0%}）。"
-    ),
-    "A small share of users. LM loss at most {limit:.3f} nats a token on text like {text} (here {mean:.3f}); memory a request {share:.0%} of the source's.": (
-        "利用者のごく一部。{text} に近い文章での LM 損失は 1 トークンあたり {limit:.3f} nat 以下（ここでは {mean:.3f}）、一要求のメモリはソースの {share:.0%}。"
-    ),
     "`python -m dha_utils monitor --baseline {path} --model … --text …` on fresh text: exits with 1 on drift; of an unchanged model in one of {checks:,.0f} checks.": (
         "新しい文章に対して `python -m dha_utils monitor --baseline {path} --model … --text …`。ずれがあれば 1 で終わる。変わっていないモデルでそうなるのは {checks:,.0f} 回の検査に一回。"
     ),
-    "The source's weights stay where they are: requests go back to it. Its cache is {times:.1f} times as large, so room for that stays reserved.": (
-        "ソースの重みは残しておき、要求をそちらへ戻す。そのキャッシュは {times:.1f} 倍の大きさなので、その分の場所を空けておく。"
+    "Answer a copy of real requests, show nobody. Agreement with the source, both reading the same text (`dha_utils.compare.drift.token_drift`), at least {agreement:.0%}; here {measured}.": (
+        "実際の要求の写しに答え、誰にも見せない。同じ文章を両方に読ませたときのソースとの一致率（`dha_utils.compare.drift.token_drift`）は {agreement:.0%} 以上（ここでは {measured}）。"
+    ),
+    "A small share of users. LM loss at most {limit:.3f} nats a token on text like {text} (here {mean:.3f}): an alarm for drift and no limit of quality, since it allows {more:.0%} more perplexity than was accepted. Memory a request {share:.0%} of the source's.": (
+        "利用者のごく一部。{text} に近い文章での LM 損失は 1 トークンあたり {limit:.3f} nat 以下（ここでは {mean:.3f}）。これはずれの警報であって品質の限度ではない（受け入れた値よりパープレキシティが {more:.0%} 高くても鳴らない）。一要求のメモリはソースの {share:.0%}。"
+    ),
+    "The source's weights stay where they are: requests go back to it. Its cache is {times:.1f} times as large: until this way is given up, the memory saved cannot be given to more requests.": (
+        "ソースの重みは残しておき、要求をそちらへ戻す。そのキャッシュは {times:.1f} 倍の大きさなので、この道を閉じるまでは、節約したメモリを他の要求に使えない。"
     ),
     # what was found
-    "Perplexity on {text} rises by {mean:.1%} (95 % interval {low:.1%} to {high:.1%} over {count} documents), on {other} by {elsewhere:.1%}.": (
-        "{text} のパープレキシティは {mean:.1%} 上がる（{count} 文書による 95 % 区間 {low:.1%} から {high:.1%}）。{other} では {elsewhere:.1%}。"
+    "Perplexity on {text} rises from {before:.1f} by {mean:.1%} (95 % interval {low:.1%} to {high:.1%}), on {other} from {elsewhere:.1f} by {more:.1%}.": (
+        "{text} のパープレキシティは {before:.1f} から {mean:.1%} 上がる（95 % 区間 {low:.1%} から {high:.1%}）。{other} では {elsewhere:.1f} から {more:.1%}。"
+    ),
+    "The cache is {kept:.0%} of the source's; on this machine {fast:.2f} times as many tokens a second ({predicted:.2f} predicted from bytes), {batch} users with {context:,} tokens each.": (
+        "キャッシュはソースの {kept:.0%}。この計算機での毎秒トークン数は {fast:.2f} 倍（バイト数からの予測は {predicted:.2f} 倍。{batch} 人の利用者、それぞれ {context:,} トークン）。"
+    ),
+    "Always taking the likeliest token, it repeats {after:.0%} of what it writes, the source {before:.0%} ({prompts} prompts; no gate).": (
+        "常に最も確からしいトークンを選ぶと、書いたものの {after:.0%} が繰り返しになる。ソースでは {before:.0%}（書き出し {prompts} 個、ゲートなし）。"
+    ),
+    "Not judged, since the source has at most {largest_task_drop:.0%} right: {tasks}.": (
+        "ソースの正答率が {largest_task_drop:.0%} 以下のため、判定に使わない課題：{tasks}。"
+    ),
+    "The limits are parameters, examples unless you set them: perplexity at most {largest_increase:.0%} more, agreement at least {smallest_agreement:.0%}, right answers at most {largest_task_drop:.0%} fewer, answers turned at most {most_flips:.0%}, cache at least {smallest_saving:.0%} smaller.": (
+        "限度はパラメータであり、設定しない限り例にすぎない：パープレキシティの増加 {largest_increase:.0%} 以下、一致率 {smallest_agreement:.0%} 以上、正答率の低下 {largest_task_drop:.0%} 以下、入れ替わった答え {most_flips:.0%} 以下、キャッシュの節約 {smallest_saving:.0%} 以上。"
+    ),
+    "Not measured here: quality beyond {length} tokens of context, how instructions are followed, speed on an accelerator. One conversion, one seed: the intervals are over texts and questions only. Other sizes, and other ways to the same size: notebook 5.": (
+        "ここで測っていないもの：{length} トークンを超える文脈での品質、指示への従い方、アクセラレータでの速度。変換は一回、シードも一つであり、区間は文章と問題のばらつきだけを表す。他の大きさ、同じ大きさへの他の方法はノートブック 5 にある。"
     ),
     "Both models expect the same token in {agreement:.0%} of places on {text}, in {elsewhere:.0%} on {other}; {turned:.0%} of {count} answers turned right or wrong.": (
         "両方のモデルが同じトークンを予測する箇所は {text} で {agreement:.0%}、{other} で {elsewhere:.0%}。{count} 個の答えのうち {turned:.0%} で正誤が入れ替わった。"
     ),
-    "The cache is {kept:.0%} of the source's; on this machine {fast:.2f} times as many tokens a second, {batch} users with {context:,} tokens each.": (
-        "キャッシュはソースの {kept:.0%}。この計算機での毎秒トークン数は {fast:.2f} 倍（{batch} 人の利用者、それぞれ {context:,} トークン）。"
-    ),
     "**{verdict}** for {model} ({size:.3g} million weights), `{checkpoint}`: {because}": (
         "**{verdict}**、{model}（重み {size:.3g} 百万個）、`{checkpoint}`：{because}"
     ),
-    "Not measured here: quality beyond {length} tokens of context, how instructions are followed, speed on an accelerator.": (
-        "ここで測っていないもの：{length} トークンを超える文脈での品質、指示への従い方、アクセラレータでの速度。"
-    ),
-    "Without a gate on its drop, since the source has at most {limit:.0%} right: {tasks}.": "ソースの正答率が {limit:.0%} 以下のため、低下を判定に使わない課題：{tasks}。",
 }
+
+
+def wording(language="en"):
+    """`say(text, **figures)`: the English `text` in `language` (`en` or `ja`), figures put in; a table gets its names.
+
+    For Japanese, charts get a font that has its letters. Raises KeyError for a sentence that has no translation; names of
+    tables that have none, such as tasks and numbers, stay as they are.
+    """
+    translations = JAPANESE if language == "ja" else {}
+    if translations:
+        import matplotlib_fontja
+
+        matplotlib_fontja.japanize()
+
+    def name(text):
+        return translations.get(text, text)
+
+    def say(text, /, **figures):
+        if isinstance(text, pd.DataFrame):
+            table = text.map(lambda cell: name(cell) if isinstance(cell, str) else cell).rename(index=name, columns=name)
+            return table.rename_axis(index=list(map(name, text.index.names)), columns=list(map(name, text.columns.names)))
+        return (translations[text] if translations else text).format(**figures)
+
+    return say

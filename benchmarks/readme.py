@@ -20,6 +20,7 @@ WAYS = {  # (method, allocation) of training_free.py, each on its longest calibr
     ("spectral", "refit"): "DHA, closed form",
     ("spectral, layers refitted", "refit"): "DHA, closed form and refit",
 }
+POOLED = WAYS["mean", "uniform"]
 TRAINED = 102400  # tokens
 LINES = ("0.6", "0.35", COLORS[1], COLORS[0])  # of the chart, in the order of `WAYS` from the low-rank cache on
 
@@ -27,7 +28,7 @@ LINES = ("0.6", "0.35", COLORS[1], COLORS[0])  # of the chart, in the order of `
 def figures():
     """(the rows of `WAYS`, one per calibration draw and budget, with their `way`; the perplexity of the source).
 
-    Each on its longest text of which all budgets are there; a way that has read less than most says so.
+    Each on its longest text of which all budgets are there.
     """
     rows = pd.read_csv(RESULTS / "training_free_smollm2-135m.csv")
     rows["way"] = pd.Series(list(zip(rows["method"], rows["allocation"])), rows.index).map(WAYS)
@@ -35,14 +36,18 @@ def figures():
     tried = rows.groupby(["way", "calibration_tokens"])["budget"].transform("nunique")
     rows = rows[tried == rows["budget"].nunique()]
     rows = rows[rows["calibration_tokens"] == rows.groupby("way")["calibration_tokens"].transform("max")]
-    less = rows["calibration_tokens"].lt(rows["calibration_tokens"].max()) & rows["method"].ne("mean")
-    rows["way"] = rows["way"].where(~less, rows["way"] + rows["calibration_tokens"].map(" (on {:,} tokens)".format))
     return rows, rows["base_perplexity"].iloc[0]
 
 
-def in_order(rows):
-    """The ways that there are rows of, in the order of `WAYS`."""
-    return [way for name in WAYS.values() for way in rows["way"].unique() if way.split(" (on")[0] == name]
+def by_way(rows):
+    """{way: its rows} in the order of `WAYS`; of a way that has read less text than most, the name says on how much."""
+    named, most = {}, rows["calibration_tokens"].max()
+    for way in WAYS.values():
+        own = rows[rows["way"] == way]
+        read = own["calibration_tokens"].max()
+        less = read < most and way != POOLED  # which reads no text
+        named[f"{way} (on {read:,} tokens)" if less else way] = own
+    return named
 
 
 def trained():
@@ -68,9 +73,8 @@ def table():
     budgets = sorted(rows["budget"].unique(), reverse=True)
     lines = ["| before training | " + " | ".join(f"{budget:.0%} of the cache" for budget in budgets) + " |"]
     lines += ["|---" * (len(budgets) + 1) + "|", "| source | " + " | ".join(f"{source:.1f}" for _ in budgets) + " |"]
-    for way in in_order(rows):
-        own = rows[rows["way"] == way]
-        draws = 1 if way == WAYS["mean", "uniform"] else rows["seed"].nunique()  # pooling reads no text
+    for way, own in by_way(rows).items():
+        draws = 1 if way == POOLED else rows["seed"].nunique()
         cells = [spread(own.loc[own["budget"] == budget, "perplexity"], draws) for budget in budgets]
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -79,8 +83,10 @@ def table():
 def chart():
     rows, source = figures()
     figure, axis = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
-    for way, marker, color in zip(in_order(rows)[1:], "v^so", LINES):
-        ratio = rows[rows["way"] == way].groupby("budget")["perplexity"].mean() / source
+    ways = by_way(rows)
+    pooled = ways.pop(POOLED).groupby("budget")["perplexity"].mean()[::-1] / source
+    for (way, own), marker, color in zip(ways.items(), "v^so", LINES):
+        ratio = own.groupby("budget")["perplexity"].mean() / source
         ratio.loc[1.0] = 1.0
         ratio = ratio.sort_index(ascending=False)
         axis.plot(ratio.index * 100, ratio, marker=marker, color=color, linewidth=2)
@@ -92,9 +98,8 @@ def chart():
     label = f"DHA and {TRAINED / 1e6:.1f} M tokens of training,\nover the source trained alike"
     look = {"va": "top", "ha": "right", "color": COLORS[2], "fontsize": 11}
     axis.text(ratio.index[0] * 100 + 1.5, ratio.iloc[0] - 0.2, label, **look)
-    pooled = rows[rows["way"] == WAYS["mean", "uniform"]].groupby("budget")["perplexity"].mean()[::-1] / source
     off = ", ".join(f"{times:,.0f}×" for times in pooled)
-    axis.text(99, 3.55, f"Not on the chart: {WAYS['mean', 'uniform']}, at {off}", fontsize=10, color="0.35")
+    axis.text(99, 3.55, f"Not on the chart: {POOLED}, at {off}", fontsize=10, color="0.35")
     axis.set(
         title="smollm2-135m: what a smaller KV cache costs",
         xlabel="KV cache kept (% of the source's)",

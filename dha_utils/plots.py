@@ -13,7 +13,7 @@ from .measure.similarity import pair_distance
 
 sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
 COLORS = sns.color_palette("colorblind")
-START_COLORS = {"broken": 3, "damaged": 1, "repaired": 0, "source": 7}  # as everywhere: of the palette
+START_COLORS = {"broken": COLORS[3], "damaged": COLORS[1], "repaired": COLORS[0], "source": COLORS[7]}
 pd.options.display.max_colwidth = None  # sentences in tables are shown whole
 YARDSTICKS = {
     "weight_cka": "weight CKA",
@@ -54,10 +54,10 @@ def yardstick_scatter(pairs, agreement, title):
             image = axis.scatter(pair_distance(chosen, measure), chosen["divergence"], **dots)
             axis.set(title=f"{kind}s, {name}\nρ = {agreement.loc[measure, (kind, 'ρ')]:.2f}", yscale="log")
         row[0].set_ylabel("cost: KL from the source\n(nats a token, log scale)")
-    for axis, label in zip(axes[1], (*["1 − similarity"] * 3, "energy lost")):
-        axis.set_xlabel(label)
-    for axis in axes[1, 2:]:
-        axis.set(xscale="log", xlabel=f"{axis.get_xlabel()} (log)")
+    for axis in axes[1, :2]:
+        axis.set_xlabel("1 − similarity")
+    for axis, label in zip(axes[1, 2:], ("1 − similarity (log)", "energy lost (log)")):
+        axis.set(xscale="log", xlabel=label)
         low, high = axis.get_xlim()
         axis.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 3), numticks=5))
         axis.xaxis.set_major_formatter("{x:g}")
@@ -169,7 +169,7 @@ def recovery_curves(logs, base, title):
     for axis in axes[0]:
         for (name, log), marker in zip(logs.items(), "osD^vP*"):
             start, aim = name.split(", ")
-            look = {"color": COLORS[START_COLORS[start]], "linestyle": "--" if aim == "distilled" else "-"}
+            look = {"color": START_COLORS[start], "linestyle": "--" if aim == "distilled" else "-"}
             axis.plot(log["tokens"] / 1e3, log["perplexity"], marker=marker, label=name, **look)
         axis.axhline(base, color="black", linestyle=":", label=f"source, untrained: {base:.1f}")
         axis.set_xlabel("training tokens (thousands)")

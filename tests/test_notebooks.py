@@ -63,7 +63,7 @@ def test_a_wrong_parameter_is_one_sentence_in_the_notebook_too(tmp_path):
             [
                 "**GO** for",
                 "by 0.0% (95 % interval 0.0% to 0.0%)",
-                "in 100% of places on austen, in 100% on wikipedia; 0% of",
+                "same token in 100% of places on austen, in 100% on wikipedia; 0% of",
             ],
         ),
         (4, "spectral", {"documents": 4, "items": 20}, ["**CANNOT TELL** for", "As many as would tell"]),

@@ -1,6 +1,7 @@
 """How alike the heads of a checkpoint are (DHA §3 and B.1)."""
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -108,14 +109,20 @@ def _layer_cka(attention, moments):
 
 
 def _spectral_similarity(layer):
-    heads = range(len(layer.query_weight))
-    similarity = {"key": torch.eye(len(heads)), "value": torch.eye(len(heads))}
-    for name, cost in (("key", layer.key_cost), ("value", layer.value_cost)):
-        for i in heads:
-            for j in range(i):
-                lost, total = cost((i, j))
-                similarity[name][i, j] = similarity[name][j, i] = 1 - share(lost, total)
-    return similarity
+    heads = len(layer.query_weight)
+    lost = {
+        "key": pair_table(lambda pair: share(*layer.key_cost(pair)), heads),
+        "value": pair_table(lambda pair: share(*layer.value_cost(pair)), heads),
+    }
+    return {name: torch.from_numpy(1 - table).float() for name, table in lost.items()}
+
+
+def pair_table(cost, heads):
+    """What two heads cost, `cost((i, j))`, for every two of them: a symmetric [heads, heads], 0 on the diagonal."""
+    table = np.zeros((heads, heads))
+    for i, j in combinations(range(heads), 2):
+        table[i, j] = table[j, i] = cost((i, j))
+    return table
 
 
 MEASURES = ("weight_cka", "activation_cka", "cosine", "omega", "spectral", "energy_lost")

@@ -6,13 +6,13 @@ Costs are functions of a group (a tuple of source heads); the cost of a partitio
 from functools import lru_cache
 from itertools import combinations
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from ..fuse.mean import mean_cost
 from ..fuse.model import check_method
 from ..measure.energies import head_energies
+from ..measure.similarity import pair_table
 from ..measure.stream import each_layer
 from .head_plan import HeadPlan
 from .many_heads import Groups, ValueGroups, many_partitions
@@ -66,10 +66,7 @@ def pair_costs(energies, layers):
     for layer in layers:
         heads = len(energies[layer].query_weight)
         for kind, cost in zip(tables, energies[layer].costs()):
-            table = np.zeros((heads, heads))
-            for i, j in combinations(range(heads), 2):
-                table[i, j] = table[j, i] = cost((i, j))
-            tables[kind][layer] = table
+            tables[kind][layer] = pair_table(cost, heads)
     return tables
 
 

@@ -111,7 +111,8 @@ def main():
     long, short = unseen(context, arguments.texts), unseen(max(LAGS), arguments.draws)
     hay = unseen(arguments.needle_length, arguments.draws)
     setting = {"model": Path(arguments.model).name, "text": arguments.text, "draws": arguments.draws}
-    setting |= {"texts": arguments.texts, "needle_length": arguments.needle_length, "device": arguments.device}
+    setting |= {"texts": arguments.texts, "needle_length": arguments.needle_length, "length": arguments.length}
+    setting["device"] = arguments.device
     for named, make in tqdm(list(models(arguments, source, tokenizer, training)), "models"):
         named = setting | named
         if not has_row(arguments.out, named):

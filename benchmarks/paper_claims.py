@@ -214,11 +214,12 @@ def measure(study, run, learning_rates):
 def main():
     arguments = parse_arguments()
     study = Study(arguments)
+    scored = {"validation_tokens": scored_tokens(study.validation)}
     for run in planned_runs(arguments):
         rates = (
             rates_to_try(arguments.out, run, arguments.learning_rates, study.training.numel()) if run["tokens"] else [0.0]
         )
-        rates = [rate for rate in rates if not has_row(arguments.out, run | {"learning_rate": rate})]
+        rates = [rate for rate in rates if not has_row(arguments.out, run | scored | {"learning_rate": rate})]
         if not rates:
             continue
         append_rows(arguments.out, list(measure(study, run, rates)))

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import product
 
 import torch
-from speed import add_arguments, measure, shape_config, versions
+from speed import add_arguments, listed, low_rank_versions, measure, shape_config, versions
 from transformers import DynamicCache
 
 
@@ -20,7 +20,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "prefill")
     parser.add_argument("--shapes", nargs="+", default=["SmolLM2-135M", "LLaMA-2-7B", "Llama-3-8B"])
-    parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5])
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048])
     return parser.parse_args()
 
@@ -32,14 +32,15 @@ def first_token(model, length):
 
 def steps(arguments, shape, length):
     config = shape_config(shape, num_hidden_layers=1, vocab_size=32)
-    models = versions(config, arguments.budget, arguments.device, arguments.dtype)
+    made = (arguments.budgets, arguments.device, arguments.dtype)
+    models = versions(config, *made) | low_rank_versions(config, *made)
     return {name: (first_token(make(), length), {}) for name, make in models.items()}
 
 
 def main():
     arguments = parse_arguments()
     for shape, length in product(arguments.shapes, arguments.lengths):
-        case = {"shape": shape, "layers": 1, "budget": arguments.budget, "length": length}
+        case = {"shape": shape, "layers": 1, "budgets": listed(arguments.budgets), "length": length}
         measure(arguments, case, partial(steps, arguments, shape, length))
 
 

@@ -1,6 +1,6 @@
-"""README's table and chart, from the CSVs of `training_free.py` and `recovery.py` on smollm2-135m.
+"""README's tables and chart, from the CSVs of `training_free.py` and `recovery.py` on smollm2-135m, and of `decode.py`.
 
-python benchmarks/readme.py           # the table, to standard output
+python benchmarks/readme.py           # the tables, to standard output
 python benchmarks/readme.py --chart   # results/readme.png
 """
 
@@ -80,6 +80,24 @@ def table():
     return "\n".join(lines)
 
 
+def speed_table():
+    """Markdown: the attention of a decoding step with half of the cache beside the source's, a row a shape."""
+    rows = pd.read_csv(RESULTS / "decode.csv").query(
+        "part in ('attention', 'low_rank') and budget == 0.5 and dtype == 'float32'"
+    )
+    lines = ["| decoding over half of the cache: attention | loads | DHA, times as fast | low-rank cache, times as slow |"]
+    lines.append("|---" * 4 + "|")
+    for (shape, threads), own in rows.groupby(["shape", "threads"]):
+        dha, rank = (own.loc[own["method"] == name, "speedup"] for name in ("DHA", "low rank"))
+        sizes = own.sort_values(["batch", "context"])
+        loads = [f"{size.batch} × {size.context:,}" for size in (sizes.iloc[0], sizes.iloc[-1])]
+        lines.append(
+            f"| {shape}, {threads} core{'s' * (threads > 1)} | {' to '.join(loads)} tokens "
+            f"| {dha.min():.1f} to {dha.max():.1f} | {1 / rank.max():.0f} to {1 / rank.min():.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def chart():
     rows, source = figures()
     figure, axis = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
@@ -117,7 +135,7 @@ def main():
     if parser.parse_args().chart:
         chart().savefig(RESULTS / "readme.png", dpi=120)
     else:
-        print(table())
+        print(table(), speed_table(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -95,8 +95,9 @@ def planned_runs(arguments):
 def main():
     arguments = parse_arguments()
     source, tokenizer, training, validation = source_and_text(arguments, arguments.device)
+    scored = {"validation_tokens": scored_tokens(validation)}
     for run in planned_runs(arguments):
-        if has_row(arguments.out, run):
+        if has_row(arguments.out, run | scored):
             continue
         start = source
         if run["start"] != "source":
@@ -119,7 +120,7 @@ def main():
             .round(4)
             .assign(
                 **run,
-                validation_tokens=scored_tokens(validation),
+                **scored,
                 device=source.device.type,
                 seconds=None if resumed else round(time.perf_counter() - begin),
             )

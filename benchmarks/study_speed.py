@@ -1,103 +1,174 @@
 """Tables and charts of `notebooks/studies/speed_and_memory`: what decoding costs, measured and predicted from bytes."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from dha_utils.compare.decoding import CACHE_MOVES
 from dha_utils.plots import COLORS, plain_log
 
-MACHINE = ["dtype", "device", "threads"]
-CASE = ["part", *MACHINE, "shape", "layers", "budget", "batch", "context"]
-METHODS = ["source, our code", "GQA", "DHA", "low rank"]
+MACHINE = ["dtype", "device", "processor", "threads"]
+CASE = ["part", *MACHINE, "shape", "layers", "budgets", "batch", "context"]
+OF_ALL_HEADS = ["source", "source, our code"]
+SERIES = {"DHA": COLORS[0], "GQA": COLORS[1], "source, our code": COLORS[7]}
 
 
 def moved_bytes(rows):
     """Bytes that one step moves, at least: the weights and the cache are read; `generate` also copies the cache, to which
     a `DynamicCache` appends by writing it anew; keys that are rebuilt are written and read."""
-    moves = rows["part"].eq("attention").map({True: 1, False: CACHE_MOVES})
+    moves = rows["part"].eq("generate").map({True: CACHE_MOVES, False: 1})
     return rows["weight_bytes"] + moves * rows["cache_bytes"] + 2 * rows["rebuilt_bytes"]
 
 
 def speedups(rows):
-    """How many times as fast as the source each method takes the step of each case: measured, quartiles, predicted.
+    """How many times as fast as the source each method takes the step of each case: a row a case, budget and method.
 
-    The quartiles are those of the method's own seconds, against the source's median.
+    `speedup` is the median over the turns in which source and method were timed one after the other, `speedup_low` and
+    `speedup_high` its quartiles, `predicted` what `moved_bytes` say; `seconds` are the method's own.
     """
     rows = rows[rows["part"] != "throughput"].assign(moved=moved_bytes)
-    source = rows[rows["method"] == "source"].set_index(CASE)[["seconds", "moved"]].add_prefix("source_")
-    rows = rows[rows["method"] != "source"].join(source, on=CASE)
-    for name, measured in (("measured", "seconds"), ("low", "high"), ("high", "low")):
-        rows[f"{name}_speedup"] = rows["source_seconds"] / rows[measured]
-    rows["predicted_speedup"] = rows["source_moved"] / rows["moved"]
-    return rows.set_index([*CASE, "method"])[[f"{n}_speedup" for n in ("measured", "low", "high", "predicted")]]
+    source = rows[rows["method"] == "source"].set_index(CASE)["moved"].rename("source_moved")
+    rows = rows.join(source, on=CASE, validate="many_to_one")
+    rows["predicted"] = rows["source_moved"] / rows["moved"]
+    rows["new_tokens"] = rows["new_tokens"].fillna(1)  # of attention
+    columns = ["seconds", "new_tokens", "speedup_low", "speedup", "speedup_high", "predicted"]
+    return rows.set_index([*CASE, "budget", "method"])[columns]
 
 
-def speedup_chart(speeds, title):
-    """`speedups` of one part and machine, a panel a budget: filled what was measured (with quartiles), hollow predicted."""
-    budgets = sorted(speeds.index.unique("budget"), reverse=True)
+def model_name(row):
+    """“LLaMA-2-7B, 2 layers, bfloat16”."""
+    return f"{row['shape']}, {row['layers']} layer{'s' if row['layers'] > 1 else ''}, {row['dtype']}"
+
+
+def named(speeds, part):
+    """`speedups` of one part as columns, with `model` and `load` ("8 × 4,096": sequences × tokens of each) in words."""
+    rows = speeds.xs(part, level="part").reset_index()
+    rows = rows.sort_values(["dtype", "shape", "batch", "context"], ascending=[False, True, True, True], kind="stable")
+    rows["load"] = [f"{batch} × {context:,}" for batch, context in zip(rows["batch"], rows["context"])]
+    return rows.assign(model=rows.apply(model_name, axis=1))
+
+
+def speedup_chart(speeds, part, title):
+    """`speedups` of one part: a panel a model, a line a load and budget; hollow is what the bytes predict."""
+    rows = named(speeds, part)
+    models = list(rows["model"].unique())
+    own = {model: rows[rows["model"] == model] for model in models}
+    lines = {
+        model: list(dict.fromkeys(zip(fewer["load"], fewer["budget"])))
+        for model, fewer in (
+            (m, r[r["budget"] < 1].sort_values(["batch", "context", "budget"], ascending=[1, 1, 0])) for m, r in own.items()
+        )
+    }
+    count = [len(lines[model]) for model in models]
     figure, axes = plt.subplots(
-        1, len(budgets), figsize=(12, 8.3), sharey=True, sharex=True, squeeze=False, layout="constrained"
+        len(models),
+        1,
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+        figsize=(9, 2 + 0.32 * sum(count)),
+        height_ratios=count,
     )
-    rows = speeds.reset_index().sort_values(["shape", "batch", "context"])
-    sizes = zip(rows["batch"], rows["context"])
-    rows["case"] = rows["shape"] + [f", batch {batch}, context {context}" for batch, context in sizes]
-    if "dtype" in rows:
-        rows["case"] += "\n(" + rows["layers"].astype(str) + " layers, " + rows["dtype"] + ")"
-    cases = list(dict.fromkeys(rows["case"]))  # of all budgets: the panels share an axis
-    for axis, budget in zip(axes[0], budgets):
-        chosen = rows[rows["budget"] == budget]
-        for offset, (method, color) in enumerate(zip(METHODS, COLORS)):
-            own = chosen[chosen["method"] == method]
-            height = own["case"].map(cases.index).astype(float) + 0.2 * (offset - 1.5)
-            spread = [own["measured_speedup"] - own["low_speedup"], own["high_speedup"] - own["measured_speedup"]]
-            axis.errorbar(own["measured_speedup"], height, xerr=spread, fmt="o", color=color, label=method)
-            axis.scatter(own["predicted_speedup"], height, facecolor="none", edgecolor=color, s=60)
-        axis.axvline(1, color="black", linestyle="--")
-        axis.set(title=f"{budget:.0%} of the cache", xlabel="times as fast (log scale)", xscale="log")
-        axis.set_yticks(range(len(cases)), cases)
+    for axis, model in zip(axes[:, 0], models):
+        for height, (load, budget) in enumerate(lines[model]):
+            here = own[model][(own[model]["load"] == load) & own[model]["budget"].isin([budget, 1.0])].set_index("method")
+            for offset, (method, color) in enumerate(SERIES.items()):
+                if method in here.index:
+                    low, middle, high = here.loc[method, ["speedup_low", "speedup", "speedup_high"]]
+                    bar = [[middle - low], [high - middle]]
+                    axis.errorbar(middle, height + 0.22 * (offset - 1), xerr=bar, fmt="o", color=color, label=method)
+            predicted = here.loc["DHA", "predicted"]
+            axis.plot(
+                predicted, height - 0.22, "o", markerfacecolor="none", color=COLORS[0], label="DHA, predicted from bytes"
+            )
+        axis.axvline(1, color="black", linestyle="--", label="source")
+        axis.set(title=model, xscale="log", ylim=(len(lines[model]) - 0.5, -0.5))
+        axis.set_yticks(range(len(lines[model])), [f"{load}, {budget:.0%}" for load, budget in lines[model]])
         plain_log(axis.xaxis)
-    axes[0, 0].invert_yaxis()
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, title="measured (hollow: predicted from bytes)", loc="outside lower center", ncols=len(METHODS))
+    axes[-1, 0].set_xlabel("times as fast as the source (log scale; bars: quartiles)")
+    figure.supylabel("sequences × tokens of each, share of the heads")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    legend = dict(zip(labels, handles))
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3)
     figure.suptitle(title)
     return figure
 
 
+def speed_table(speeds, part):
+    """`speedups` of one part: a row a model and load, the source's milliseconds a token first."""
+    rows = named(speeds, part)
+    rows["column"] = rows["method"].where(rows["budget"] == 1, rows["method"] + rows["budget"].map(", {:.0%}".format))
+    order = rows.sort_values(["budget", "method"], ascending=[False, True])["column"].unique()
+    key = ["model", "batch", "context"]
+    table = (
+        rows.pivot(index=key, columns="column", values="speedup").loc[rows.set_index(key).index.unique(), order].round(2)
+    )
+    source = rows[rows["method"] == "source"].set_index(key)
+    milliseconds = source["seconds"] * 1000 / source["new_tokens"]
+    table.insert(0, "source (ms)", milliseconds.round(1))
+    return table.drop(columns="source").astype(object).fillna("–").rename_axis(columns=None)
+
+
+def spread(values):
+    """“0.94 to 3.33”, or “1.81” where there is one."""
+    low, high = np.min(values), np.max(values)
+    return f"{low:.2f}" if np.isclose(low, high) else f"{low:.2f} to {high:.2f}"
+
+
+def beside(speeds, one, other):
+    """How many times as fast as `other` method `one` is, case by case, at the same budget or beside all heads."""
+    table = speeds["speedup"].unstack("method")
+    if other in OF_ALL_HEADS:
+        table[other] = table[other].groupby(level=CASE).transform("max")  # of the rows of all heads; the others have none
+    return (table[one] / table[other]).dropna()
+
+
 def throughput_table(rows):
-    """Tokens a second with the largest batch that fits into the memory, one row a case and method."""
-    case = [*MACHINE, "shape", "layers", "context", "memory_gib", "budget"]
+    """Tokens a second with the largest batch that fits into the memory, one row a case, budget and method.
+
+    Each took turns with the source, which stands beside it, as machines are not always as fast; "times the source's" is
+    turn by turn.
+    """
+    case = [*MACHINE, "shape", "layers", "context", "memory_gib"]
     rows = rows[rows["part"] == "throughput"].reset_index(drop=True)
     rows["tokens a second"] = rows["batch"] * rows["new_tokens"] / rows["seconds"]
-    source = rows[rows["method"] == "source"].set_index(case)["tokens a second"]
-    rows["times the source's"] = rows["tokens a second"] / rows.join(source.rename("source"), on=case)["source"]
-    rows["cache (GB)"] = rows["cache_bytes"] / 1e9
-    names = {"batch": "sequences that fit", "peak_gib": "peak memory (GiB)"}
-    columns = [*names.values(), "cache (GB)", "tokens a second", "times the source's"]
-    return rows.rename(columns=names).set_index([*case, "method"])[columns]
+    source = rows[rows["method"] == "source"].set_index([*case, "rival", "budgets"])[["tokens a second", "batch"]]
+    rows = rows.join(source.add_suffix(" of the source"), on=[*case, "rival", "budgets"], validate="many_to_one")
+    rows["times the source's"] = rows["speedup"] * rows["batch"] / rows["batch of the source"]
+    rows["times as long a token"] = 1 / rows["speedup"]
+    rows["cache (GiB)"] = rows["cache_bytes"] / 2**30
+    names = {"batch": "sequences that fit", "peak_gib": "peak (GiB)"}
+    speeds = ["tokens a second", "tokens a second of the source", "times the source's", "times as long a token"]
+    columns = [*speeds, *names.values(), "cache (GiB)"]
+    rows = rows.sort_values("budget", ascending=False, kind="stable").rename(columns=names)
+    return rows.drop_duplicates([*case, "budget", "method"]).set_index([*case, "budget", "method"])[columns]
 
 
 def prefill_table(rows):
-    """Seconds to the first token over the source's, one row a case, by length of the prompt."""
-    seconds = rows.pivot(index=[*MACHINE, "shape", "layers", "budget", "length"], columns="method", values="seconds")
-    return seconds.div(seconds["source"], axis=0)[[method for method in METHODS if method in seconds]]
+    """Reading a prompt: the source's seconds, and those of each method over them; one row a case and length."""
+    case = [*MACHINE, "shape", "layers", "length"]
+    column = rows["method"].where(rows["budget"] == 1, rows["method"] + rows["budget"].map(", {:.0%}".format))
+    seconds = rows.assign(column=column).pivot(index=case, columns="column", values="seconds")
+    table = seconds.div(seconds["source"], axis=0).drop(columns="source")
+    table.insert(0, "source (s)", seconds["source"])
+    return table.rename_axis(columns=None)
 
 
-def cases(speeds, part):
-    """`speedups` of one part, without what is the same in all of its rows."""
-    chosen = speeds.xs(part, level="part")
-    return chosen.droplevel([name for name in (*MACHINE, "layers") if chosen.index.unique(name).size == 1])
+def without_what_is_the_same(table):
+    """A table without the levels of its index that have one value."""
+    return table.droplevel([name for name in table.index.names if table.index.unique(name).size == 1])
 
 
-def speed_range(speeds, budget):
-    """“1.25 to 3.33”: how many times as fast as the source DHA is, over the `cases` of a budget."""
-    measured = speeds.xs("DHA", level="method").xs(budget, level="budget")["measured_speedup"]
-    return f"{measured.min():.2f} to {measured.max():.2f}"
+def low_rank_table(speeds):
+    """Times as long as the source's that the attention over a low-rank cache takes: a row a model and load."""
+    rows = named(speeds, "low_rank").query("method == 'low rank'")
+    rows = rows.assign(slower=1 / rows["speedup"], cache=rows["budget"].map("{:.0%} of the cache".format))
+    order = rows.sort_values("budget", ascending=False)["cache"].unique()
+    return rows.pivot(index=["model", "batch", "context"], columns="cache", values="slower")[order].rename_axis(
+        columns=None
+    )
 
 
-def in_memory(throughput, budget):
-    """What the larger batch of DHA gives in the same memory, the end of a sentence; nothing where it was not measured."""
-    rows = throughput[throughput.index.get_level_values("budget") == budget].groupby("method").first()
-    if rows.empty:
-        return ""
-    fits, times = rows["sequences that fit"], rows.loc["DHA", "times the source's"]
-    batches = f"{fits['DHA']:.0f} sequences instead of {fits['source']:.0f}, of one shape"
-    return f"; in the same memory for weights and cache, {times:.2f} times as many tokens a second ({batches})"
+def by_budget(ratios):
+    """“0.94 to 3.33 (50% of the heads), 1.41 to 4.06 (25%)” of ratios with `budget` in their index."""
+    ranges = [f"{spread(own)} ({budget:.0%})" for budget, own in ratios.groupby("budget")][::-1]
+    return ", ".join(ranges).replace("%)", "% of the heads)", 1)

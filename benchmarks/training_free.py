@@ -126,7 +126,7 @@ def main():
                 "seed": seed,
                 "text": arguments.text,
             }
-            run["calibration_tokens"] = calibration.numel()
+            run |= {"calibration_tokens": calibration.numel(), "validation_tokens": scored_tokens(validation)}
             if has_row(arguments.out, run):
                 continue
             start = time.perf_counter()
@@ -134,7 +134,7 @@ def main():
             seconds = time.perf_counter() - start
             result = perplexity(model, validation)
             measured = {"perplexity": result, "base_perplexity": base, "ratio": result / base}
-            measured |= {"validation_tokens": scored_tokens(validation), "seconds": seconds}
+            measured["seconds"] = seconds
             append_rows(arguments.out, [{"model": arguments.model, **run, **head_counts(model), **measured}])
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager
@@ -171,6 +172,9 @@ def peak_gib():
     """GiB of memory that this process had at most, with a GPU that of its allocator; not a number on Windows."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose ru_maxrss begins at the parent's peak
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 2**20
     try:
         import resource
     except ImportError:

@@ -1,6 +1,8 @@
 """Run folders: each holds one run, and knows what it was made from."""
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from dha_utils.runs import (
     append_rows,
     has_row,
     leave,
+    peak_gib,
     read_rows,
     record_metrics,
     require,
@@ -120,3 +123,12 @@ def test_what_a_model_took_is_told_from_the_other_trainings(tmp_path):
     assert list(spent_on(tmp_path, "model")["step"]) == ["fit"]
     assert list(spent_on(tmp_path, "recovered")["step"]) == ["fit", "train: repaired, distilled"]
     assert spent_on(tmp_path, "a/folder").empty
+
+
+def test_the_peak_of_a_new_process_is_its_own():
+    """Linux hands a parent's ru_maxrss on to its children."""
+    held = torch.ones(2**28)  # 1 GiB
+    del held
+    assert peak_gib() > 1
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        assert 0 < alone.submit(peak_gib).result() < 1

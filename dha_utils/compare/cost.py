@@ -12,16 +12,17 @@ FIELDS = (
     "num_key_value_heads",
     "intermediate_size",
     "vocab_size",
+    "tie_word_embeddings",
 )
 SHAPES = {  # published: arXiv 2307.09288 (LLaMA-2), 2407.21783 (Llama 3), 2502.02737 (SmolLM2)
     name: dict(zip(FIELDS, shape))
     for name, shape in {
-        "SmolLM2-135M": (30, 576, 9, 3, 1536, 49152),
-        "Llama-3.2-1B": (16, 2048, 32, 8, 8192, 128256),
-        "LLaMA-2-7B": (32, 4096, 32, 32, 11008, 32000),
-        "LLaMA-2-13B": (40, 5120, 40, 40, 13824, 32000),
-        "Llama-3-8B": (32, 4096, 32, 8, 14336, 128256),
-        "Llama-3-70B": (80, 8192, 64, 8, 28672, 128256),
+        "SmolLM2-135M": (30, 576, 9, 3, 1536, 49152, True),
+        "Llama-3.2-1B": (16, 2048, 32, 8, 8192, 128256, True),
+        "LLaMA-2-7B": (32, 4096, 32, 32, 11008, 32000, False),
+        "LLaMA-2-13B": (40, 5120, 40, 40, 13824, 32000, False),
+        "Llama-3-8B": (32, 4096, 32, 8, 14336, 128256, False),
+        "Llama-3-70B": (80, 8192, 64, 8, 28672, 128256, False),
     }.items()
 }
 
@@ -53,7 +54,7 @@ def shape_bytes(shape, itemsize=2):
     width = shape["hidden_size"] // shape["num_attention_heads"]
     kept = 2 * shape["num_key_value_heads"] * width
     layer = shape["hidden_size"] * (2 * shape["num_attention_heads"] * width + kept + 3 * shape["intermediate_size"])
-    embeddings = 2 * shape["vocab_size"] * shape["hidden_size"]  # and the head
+    embeddings = (1 if shape["tie_word_embeddings"] else 2) * shape["vocab_size"] * shape["hidden_size"]  # and the head
     layers = shape["num_hidden_layers"]
     return (layers * layer + embeddings) * itemsize, layers * kept * itemsize
 

@@ -41,17 +41,19 @@ def generate_step(model, cache, new_tokens):
 
 
 def seconds_in_turn(steps, device, repeats):
-    """Seconds of each of `steps` ({name: function}), in turn: [repeats, steps]. The first turn is not counted."""
-    turns = []
-    for _ in range(repeats + 1):
-        turns.append([])
-        for step in steps.values():
+    """Seconds of each of `steps` ({name: function}), in turn: [repeats, steps]. The first turn is not counted.
+
+    Each turn has an order of its own, since a step finds in the processor's caches what the one before it left.
+    """
+    turns, made, random = np.zeros((repeats + 1, len(steps))), list(steps.values()), np.random.default_rng(0)
+    for turn in turns:
+        for i in random.permutation(len(made)):
             start = time.perf_counter()
-            step()
+            made[i]()
             if torch.device(device).type == "cuda":
                 torch.cuda.synchronize()
-            turns[-1].append(time.perf_counter() - start)
-    return np.array(turns[1:])
+            turn[i] = time.perf_counter() - start
+    return turns[1:]
 
 
 @torch.no_grad()

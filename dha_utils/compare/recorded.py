@@ -31,24 +31,28 @@ def recorded_rivals(model, text):
     return rows.loc[tokens].sort_index(ascending=False).rename(columns=RIVALS).rename_axis(columns=None), int(tokens)
 
 
-def attention_times():
-    """Seconds of one layer's attention over its cache in a decoding step, on two cores, by shape, batch, context, budget.
+def attention_speedups():
+    """How many times as fast as the source's a layer's attention is in a decoding step: by shape, batch, context, budget.
 
-    A column a method: "source" is transformers' own, "source, our code" the same heads in this project's attention.
+    On two cores. A column a method; "source, our code" has all heads of the source in this project's attention, and
+    "source (ms)" is what transformers' own takes.
     """
-    rows = pd.read_csv(RESULTS / "decode.csv").query(
-        "part == 'attention' and threads == 2 and device == 'cpu' and dtype == 'float32'"
-    )
-    return rows.pivot(index=["shape", "batch", "context", "budget"], columns="method", values="seconds")
+    rows = pd.read_csv(RESULTS / "decode.csv").query("threads == 2 and device == 'cpu' and dtype == 'float32'")
+    case, fewer = ["shape", "batch", "context"], rows["budget"] < 1
+    kept = rows[fewer & rows["part"].isin(["attention", "low_rank"])]
+    methods = kept.pivot(index=[*case, "budget"], columns="method", values="speedup")
+    all_heads = rows[~fewer & rows["part"].eq("attention")].pivot(index=case, columns="method")
+    control, source = all_heads["speedup", "source, our code"], all_heads["seconds", "source"] * 1000
+    return methods.join(control.rename("source, our code")).join(source.rename("source (ms)"))
 
 
-def speed_near(times, shape, batch, context, budget):
+def speed_near(speedups, shape, batch, context, budget):
     """(times as fast as transformers' source, batch, context): of the nearest sizes that were measured.
 
     Between the measured budgets it is interpolated, all heads being the source in this project's code; below them NaN.
     """
-    ratios = {name: (times["source"] / times[name]).loc[shape].unstack("budget") for name in ("DHA", "source, our code")}
-    sizes = np.array(list(ratios["DHA"].index))
+    measured, own = (speedups.loc[shape, name].unstack("budget").sort_index(axis=1) for name in ("DHA", "source, our code"))
+    sizes = np.array(list(measured.index))
     nearest = np.abs(np.log(sizes / [batch, context])).sum(1).argmin()
-    measured, own = (ratio.iloc[nearest].sort_index() for ratio in ratios.values())
-    return float(np.interp(budget, [*measured.index, 1.0], [*measured, own.mean()], left=np.nan)), *map(int, sizes[nearest])
+    line = [*measured.iloc[nearest], own.iloc[nearest].mean()]
+    return float(np.interp(budget, [*measured.columns, 1.0], line, left=np.nan)), *map(int, sizes[nearest])

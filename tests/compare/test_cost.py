@@ -9,14 +9,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dha_utils.compare.cost import SHAPES, bytes_per_token, serving, shape_bytes
 
 
-@pytest.mark.parametrize("name", ["LLaMA-2-7B", "Llama-3-8B", "Llama-3-70B"])
+@pytest.mark.parametrize("name", SHAPES)
 def test_bytes_of_a_shape_are_those_of_its_model(name):
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SHAPES[name], dtype="bfloat16"))
     norms = sum(w.numel() for w in model.parameters() if w.dim() == 1)
     weights, per_token = shape_bytes(SHAPES[name])
     assert weights == 2 * (sum(w.numel() for w in model.parameters()) - norms)
-    assert per_token == 2 * 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * 128
+    assert per_token == 2 * 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
 
 
 def test_bytes_of_a_token_are_those_of_its_cache(gqa):

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from dha_utils.compare import recorded
-from dha_utils.compare.recorded import attention_times, recorded_rivals, speed_near
+from dha_utils.compare.recorded import attention_speedups, recorded_rivals, speed_near
 
 
 def test_rivals_are_compared_on_the_same_text(monkeypatch, tmp_path):
@@ -45,15 +45,19 @@ def test_the_speed_is_that_of_the_nearest_measured_size():
     index = pd.MultiIndex.from_product(
         [["A"], [1, 8], [512, 4096], [0.25, 0.5]], names=["shape", "batch", "context", "budget"]
     )
-    times = pd.DataFrame({"source": 8.0, "source, our code": 5.0, "DHA": [8.0, 8.0, 4.0, 6.0, 4.0, 8.0, 2.0, 4.0]}, index)
-    assert speed_near(times, "A", 6, 100_000, 0.25) == (4.0, 8, 4096)
-    assert speed_near(times, "A", 1, 700, 0.25) == (1.0, 1, 512)
-    assert speed_near(times, "A", 8, 4096, 0.75)[0] == pytest.approx(1.8), "between the measured one and all heads"
-    assert speed_near(times, "A", 8, 4096, 1.0)[0] == pytest.approx(1.6), "of the source in the same code"
-    assert math.isnan(speed_near(times, "A", 8, 4096, 0.1)[0]), "fewer heads than were measured"
+    dha = [1.0, 1.0, 2.0, 1.3, 2.0, 1.0, 4.0, 2.0]
+    speedups = pd.DataFrame({"source, our code": 1.6, "DHA": dha}, index)
+    assert speed_near(speedups, "A", 6, 100_000, 0.25) == (4.0, 8, 4096)
+    assert speed_near(speedups, "A", 1, 700, 0.25) == (1.0, 1, 512)
+    assert speed_near(speedups, "A", 8, 4096, 0.75)[0] == pytest.approx(1.8), "between the measured one and all heads"
+    assert speed_near(speedups, "A", 8, 4096, 1.0)[0] == pytest.approx(1.6), "of the source in the same code"
+    assert math.isnan(speed_near(speedups, "A", 8, 4096, 0.1)[0]), "fewer heads than were measured"
 
 
 def test_the_committed_figures_can_be_read():
     table, tokens = recorded_rivals("austen-mha", "austen")
     assert tokens > 0 and len(table) >= 3 and (table >= 0.99).all(axis=None)
-    assert {"source", "source, our code", "DHA", "low rank"} <= set(attention_times())
+    speedups = attention_speedups()
+    assert {"source (ms)", "source, our code", "DHA", "low rank"} <= set(speedups)
+    assert speedups.index.is_unique and (speedups["low rank"] < 1).all()
+    assert speedups.groupby(["shape", "batch", "context"])["source (ms)"].nunique().eq(1).all(), "one source a case"

@@ -46,7 +46,7 @@ def excess_chart(rows, title):
             own, x="place", y="excess", ax=axis, errorbar=("pi", 100), markers=True, legend=axis is axes[-1], **lines
         )
         axis.axhline(0, color="black", linewidth=1)
-        axis.set(title=task, xlabel=place, ylabel="loss beyond the source's (nats a token)")
+        axis.set(title=task, xlabel=place.replace(" (", "\n("), ylabel="loss beyond the source's (nats a token)")
         if task != "needle":
             axis.set_xscale("log")
             plain_log(axis.xaxis)
@@ -77,5 +77,6 @@ def bits_chart(rows, title):
     plain_log(axis.xaxis)
     plain_log(axis.yaxis)
     axis.invert_xaxis()
+    axis.margins(x=0.12)
     axis.legend(title="heads kept")
     return figure

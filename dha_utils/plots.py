@@ -35,7 +35,7 @@ def plain_log(axis):
 
     def between(x, _):
         low, high = axis.get_view_interval()
-        return f"{x:,g}" if high < 100 * low and f"{x:g}"[0] in "235" else ""
+        return f"{x:,g}" if high < 100 * low and f"{x:.0e}"[0] in "235" else ""
 
     axis.set_major_formatter("{x:,g}")
     axis.set_minor_formatter(between)

@@ -19,8 +19,9 @@ RUN ?= $(call plain,$(call last,$(MODEL))-$(or $(call last,$(ELSEWHERE)),$(MAX_I
 $(if $(or $(word 2,$(RUN)),$(findstring %,$(RUN))),$(error RUN names a folder without spaces or % in it, not '$(RUN)'))
 BUDGETS ?= 0.75 0.5 0.34
 PYTHON ?= python3
-# glibc: what a freed tensor of 16 MiB held goes back to the system, not into a heap that only grows
-export MALLOC_MMAP_THRESHOLD_ := 16777216
+# glibc: what a freed tensor of 32 MiB held goes back to the system; below that, as glibc does by itself in the end, or the
+# time of decoding (notebook 05) would be that of asking the system for memory
+export MALLOC_MMAP_THRESHOLD_ := 33554432
 
 BIN := .venv/bin
 DIR := runs/$(RUN)

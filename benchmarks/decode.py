@@ -72,11 +72,10 @@ def attention_step(model, batch, context):
     query = torch.randn(batch, heads, 1, d).to(model.lm_head.weight)
     key, value = cache.layers[0].keys, cache.layers[0].values
     said = step_bytes(model, cache) | {"weight_bytes": 0}
-    if isinstance(attention, LowRankAttention):  # its products are part of attending
-        said["weight_bytes"] = sum(up.weight.numel() * up.weight.itemsize for up in (attention.key_up, attention.value_up))
     if isinstance(attention, DhaAttention):
         return partial(attention._decode, query, key, value, None), said
-    if isinstance(attention, LowRankAttention):
+    if isinstance(attention, LowRankAttention):  # its products are part of attending
+        said["weight_bytes"] = sum(up.weight.numel() * up.weight.itemsize for up in (attention.key_up, attention.value_up))
         return partial(attention.decode, query, key[:, 0]), said
     attend = partial(sdpa_attention_forward, attention, query, key, value, None, scaling=attention.scaling, is_causal=False)
     return attend, said

@@ -50,39 +50,32 @@ def named(speeds, part):
 def speedup_chart(speeds, part, title):
     """`speedups` of one part: a panel a model, a line a load and budget; hollow is what the bytes predict."""
     rows = named(speeds, part)
-    models = list(rows["model"].unique())
-    own = {model: rows[rows["model"] == model] for model in models}
-    lines = {
-        model: list(dict.fromkeys(zip(fewer["load"], fewer["budget"])))
-        for model, fewer in (
-            (m, r[r["budget"] < 1].sort_values(["batch", "context", "budget"], ascending=[1, 1, 0])) for m, r in own.items()
-        )
-    }
-    count = [len(lines[model]) for model in models]
+    lines = rows[rows["method"] == "DHA"].sort_values(["batch", "context", "budget"], ascending=[True, True, False])
+    models = rows["model"].unique()
     figure, axes = plt.subplots(
         len(models),
         1,
         sharex=True,
         squeeze=False,
         layout="constrained",
-        figsize=(9, 2 + 0.32 * sum(count)),
-        height_ratios=count,
+        figsize=(9, 2 + 0.32 * len(lines)),
+        height_ratios=lines["model"].value_counts()[models],
     )
     for axis, model in zip(axes[:, 0], models):
-        for height, (load, budget) in enumerate(lines[model]):
-            here = own[model][(own[model]["load"] == load) & own[model]["budget"].isin([budget, 1.0])].set_index("method")
+        own = lines[lines["model"] == model]
+        for height, dha in enumerate(own.itertuples()):
+            here = rows[(rows["model"] == model) & (rows["load"] == dha.load) & rows["budget"].isin([dha.budget, 1.0])]
+            here = here.set_index("method")
             for offset, (method, color) in enumerate(SERIES.items()):
                 if method in here.index:
                     low, middle, high = here.loc[method, ["speedup_low", "speedup", "speedup_high"]]
                     bar = [[middle - low], [high - middle]]
                     axis.errorbar(middle, height + 0.22 * (offset - 1), xerr=bar, fmt="o", color=color, label=method)
-            predicted = here.loc["DHA", "predicted"]
-            axis.plot(
-                predicted, height - 0.22, "o", markerfacecolor="none", color=COLORS[0], label="DHA, predicted from bytes"
-            )
+            look = {"markerfacecolor": "none", "color": COLORS[0], "label": "DHA, predicted from bytes"}
+            axis.plot(dha.predicted, height - 0.22, "o", **look)
         axis.axvline(1, color="black", linestyle="--", label="source")
-        axis.set(title=model, xscale="log", ylim=(len(lines[model]) - 0.5, -0.5))
-        axis.set_yticks(range(len(lines[model])), [f"{load}, {budget:.0%}" for load, budget in lines[model]])
+        axis.set(title=model, xscale="log", ylim=(len(own) - 0.5, -0.5))
+        axis.set_yticks(range(len(own)), own["load"] + own["budget"].map(", {:.0%}".format))
         plain_log(axis.xaxis)
     axes[-1, 0].set_xlabel("times as fast as the source (log scale; bars: quartiles)")
     figure.supylabel("sequences × tokens of each, share of the heads")
@@ -93,10 +86,15 @@ def speedup_chart(speeds, part, title):
     return figure
 
 
+def method_and_budget(rows):
+    """“DHA, 50%”; the method alone where it has all heads."""
+    return rows["method"].where(rows["budget"] == 1, rows["method"] + rows["budget"].map(", {:.0%}".format))
+
+
 def speed_table(speeds, part):
     """`speedups` of one part: a row a model and load, the source's milliseconds a token first."""
     rows = named(speeds, part)
-    rows["column"] = rows["method"].where(rows["budget"] == 1, rows["method"] + rows["budget"].map(", {:.0%}".format))
+    rows["column"] = method_and_budget(rows)
     order = rows.sort_values(["budget", "method"], ascending=[False, True])["column"].unique()
     key = ["model", "batch", "context"]
     table = (
@@ -146,8 +144,7 @@ def throughput_table(rows):
 def prefill_table(rows):
     """Reading a prompt: the source's seconds, and those of each method over them; one row a case and length."""
     case = [*MACHINE, "shape", "layers", "length"]
-    column = rows["method"].where(rows["budget"] == 1, rows["method"] + rows["budget"].map(", {:.0%}".format))
-    seconds = rows.assign(column=column).pivot(index=case, columns="column", values="seconds")
+    seconds = rows.assign(column=method_and_budget(rows)).pivot(index=case, columns="column", values="seconds")
     table = seconds.div(seconds["source"], axis=0).drop(columns="source")
     table.insert(0, "source (s)", seconds["source"])
     return table.rename_axis(columns=None)

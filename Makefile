@@ -38,7 +38,7 @@ PARAMETERS = -r model "$(MODEL)" -r text "$(TEXT)" -p budget "$(BUDGET)" -r run_
 # austen-mha is small enough for the notebooks' own defaults; anything else gets longer blocks and fewer of all that takes time
 ifneq ($(MODEL),austen-mha)
 LENGTH := 512
-PARAMETERS += -p calibration_blocks 16 -p validation_blocks 8
+PARAMETERS += -p calibration_blocks 16 -p repeated 0.25 -p validation_blocks 8
 SEARCH := -p search_steps 8
 LEARNING := -p fusion_tokens 4096 -p evaluations 2
 TRAINING := -p tokens 4096 -p evaluations 2 -p learning_rate 2e-4 -p pooled_learning_rate 5e-4

@@ -1,6 +1,7 @@
 """Where fewer heads may hurt first: late positions, copying, a needle in a long text; before and after recovery.
 
     python benchmarks/long_context.py                      # smollm2-135m at 67, 50 and 33 %; an hour and a half on one core
+    python benchmarks/long_context.py --repeated 0.25      # calibrated, and trained, on blocks of which a quarter repeat
 
 For the source, and for DHA at each budget, refitted and then trained on the source's logits (`recovery.py`'s way):
 *position*: the LM loss by place in texts as long as the checkpoint's context; *copy*: the loss on the second half of a
@@ -18,7 +19,7 @@ from inputs import add_inputs, parsed
 from recovery import RUNS, refitted_start
 from tqdm import tqdm
 
-from dha_utils import load_checkpoint, load_text, pretrain, token_blocks
+from dha_utils import load_checkpoint, load_text, pretrain, repeat_passages, token_blocks
 from dha_utils.measure.perplexity import token_losses
 from dha_utils.runs import append_rows, has_row
 
@@ -34,6 +35,7 @@ def parse_arguments():
     parser.add_argument("--calibration-blocks", type=int, default=32)
     parser.add_argument("--length", type=int, default=512, help="tokens a block of calibration and training")
     parser.add_argument("--tokens", type=int, default=40960, help="of the recovery")
+    parser.add_argument("--repeated", type=float, default=0.0, help="share of the blocks that say a passage twice")
     parser.add_argument("--texts", type=int, default=2, help="as long as the context")
     parser.add_argument("--draws", type=int, default=4, help="of copies and needles")
     parser.add_argument("--needle-length", type=int, default=2048)
@@ -87,15 +89,18 @@ def by_needle(model, tokenizer, blocks):
 
 def models(arguments, source, tokenizer, training):
     """Yields ({budget, stage}, function that makes the model); a start is made once, a recovery resumes."""
-    yield {"budget": 1.0, "stage": "source", "calibration_tokens": 0, "tokens": 0}, lambda: source
+    share = arguments.repeated
+    text = repeat_passages(training, share)
+    yield {"budget": 1.0, "stage": "source", "calibration_tokens": 0, "tokens": 0, "repeated": 0.0}, lambda: source
     for budget in arguments.budgets:
-        start = partial(refitted_start, arguments, source, tokenizer, training, budget)
+        start = partial(refitted_start, arguments, source, tokenizer, training, budget, repeated=share)
 
         def recovered(start=start, budget=budget):
-            folder = RUNS / f"long-{Path(arguments.model).name}-{budget:.4g}-{arguments.tokens}"
-            return pretrain(start(), training, arguments.tokens, source, learning_rate=2e-4, output_dir=folder)
+            folder = RUNS / f"long-{Path(arguments.model).name}-{budget:.4g}-{arguments.tokens}{f'-{share}' * bool(share)}"
+            return pretrain(start(), text, arguments.tokens, source, learning_rate=2e-4, output_dir=folder)
 
         made = {"budget": round(budget, 4), "calibration_tokens": arguments.calibration_blocks * arguments.length}
+        made["repeated"] = share
         yield made | {"stage": "refitted", "tokens": 0}, start
         yield made | {"stage": "recovered", "tokens": arguments.tokens}, recovered
 

@@ -33,7 +33,7 @@ from pathlib import Path
 
 from inputs import add_inputs, parsed, source_and_text
 
-from dha_utils import fuse, load_checkpoint, plan_heads, pretrain
+from dha_utils import fuse, load_checkpoint, plan_heads, pretrain, repeat_passages
 from dha_utils.fuse.refit import refit
 from dha_utils.measure.perplexity import scored_tokens
 from dha_utils.recover.pretrain import TRAINABLE
@@ -62,9 +62,12 @@ def parse_arguments():
     return parsed(parser)
 
 
-def refitted_start(arguments, source, tokenizer, training, budget, seed=0):
-    """The refitted model at a budget, its calibration drawn from `training` by the seed; made once, kept in `RUNS`."""
-    calibration = drawn(training, arguments.calibration_blocks, seed)
+def refitted_start(arguments, source, tokenizer, training, budget, seed=0, repeated=0):
+    """The refitted model at a budget, its calibration drawn from `training` by the seed; made once, kept in `RUNS`.
+
+    `repeated`: the share of the calibration blocks that say a passage twice.
+    """
+    calibration = repeat_passages(drawn(training, arguments.calibration_blocks, seed), repeated)
     made_from = (Path(arguments.model).name, arguments.text, "refitted", budget, calibration.numel(), seed)
     folder = RUNS / "-".join([*map(str, made_from), fingerprint(source, calibration)])
     if not folder.exists():

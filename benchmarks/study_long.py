@@ -13,12 +13,13 @@ TASKS = {  # of long_context.csv: what its `place` is
 
 
 def excess(rows):
-    """What each model loses beside the source on the same text: `rows` of long_context.csv, with `source` and `excess`
-    (nats a token)."""
+    """What each model loses beside the source on the same text: `rows` of long_context.csv, with `source`, `excess` (nats a
+    token) and, in words, what it was `calibrated on`."""
     key = ["task", "place", "draw"]
     source = rows[rows["stage"] == "source"][[*key, "loss"]].rename(columns={"loss": "source"})
     rows = rows[rows["stage"] != "source"].merge(source, on=key, validate="many_to_one")  # one setting, not two
-    return rows.assign(excess=rows["loss"] - rows["source"])
+    words = {share: f"{share:.0%} repeats" if share else "running text" for share in rows["repeated"].unique()}
+    return rows.assign(**{"excess": rows["loss"] - rows["source"], "calibrated on": rows["repeated"].map(words)})
 
 
 def excess_table(rows):
@@ -29,17 +30,25 @@ def excess_table(rows):
     return table
 
 
-def excess_chart(rows, title):
-    """`excess` over `place`, a panel a task: a colour a budget, dashed before training; bands from least to most."""
+def repeats_table(rows):
+    """Mean excess of the models that were calibrated both ways, by budget and stage: two columns a task."""
     rows = excess(rows)
+    table = rows.pivot_table(index=["budget", "stage"], columns=["task", "calibrated on"], values="excess").dropna()
+    return table[list(TASKS)].sort_index(level="budget", ascending=False, sort_remaining=False)
+
+
+def excess_chart(rows, title, style="stage"):
+    """`excess` over `place`, a panel a task: a colour a budget, dashed by `style` (stage: before training); bands from
+    least to most."""
+    rows = excess(rows).sort_values("budget", ascending=False, kind="stable")
     figure, axes = plt.subplots(1, len(TASKS), figsize=(13, 4.5), layout="constrained")
     named = rows.assign(**{"heads kept": rows["budget"].map("{:.0%}".format)})
     for axis, (task, place) in zip(axes, TASKS.items()):
         own = named[named["task"] == task]
         lines = {
             "hue": "heads kept",
-            "style": "stage",
-            "style_order": ["recovered", "refitted"],
+            "style": style,
+            "style_order": sorted(rows[style].unique()),
             "palette": COLORS[: rows["budget"].nunique()],
         }
         sns.lineplot(
@@ -77,6 +86,6 @@ def bits_chart(rows, title):
     plain_log(axis.xaxis)
     plain_log(axis.yaxis)
     axis.invert_xaxis()
-    axis.margins(x=0.12)
+    axis.margins(x=0.12, y=0.1)
     axis.legend(title="heads kept")
     return figure

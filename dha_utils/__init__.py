@@ -13,7 +13,7 @@ from .plan.allocate import plan_heads
 from .plan.head_plan import HeadPlan
 from .recover.pretrain import pretrain
 from .sources.checkpoints import load_checkpoint, save_checkpoint
-from .sources.text import load_text, token_blocks
+from .sources.text import load_text, repeat_passages, token_blocks
 
 __all__ = [
     "DhaConfig",
@@ -30,6 +30,7 @@ __all__ = [
     "plant_redundancy",
     "pretrain",
     "refit",
+    "repeat_passages",
     "save_checkpoint",
     "to_llama",
     "token_blocks",

@@ -33,6 +33,7 @@ from .sources.families import check_source
 from .sources.output import check_disk, is_finished, put_in_place, work_folder, write_index, write_weights
 from .sources.precision import as_dtype, dtype_name, served_dtype
 from .sources.shards import open_checkpoint
+from .sources.text import repeating
 
 TEXTS = ("calibration", "validation")
 
@@ -200,7 +201,7 @@ def convert_layers(model, blocks, plan, work, dtype, validation, refit, seed):
         write_weights(work / file_of(model, index + 1), weights, dtype)
         layout = {name: getattr(fused, name) for name in ("key_head_map", "value_head_map", "key_frequencies")}
         walk.add({"layout": layout, "errors": errors}, streams | {"random": random.get_state()})
-    record = {"layers": walk.rows, "length": blocks.shape[1]}
+    record = {"layers": walk.rows, "length": blocks.shape[1], "repeating": repeating(blocks)}
     if validation is not None:
         losses = {w: stream_losses(model, streams[f"{w} validation"], validation, kept) for w, kept in starts.items()}
         record["losses"] = {who: loss.mean(1).tolist() for who, loss in losses.items()}

@@ -12,7 +12,7 @@ from .runs import MADE_BY, check_run, fingerprint, require, write_run
 from .sources.checkpoints import find_checkpoint, load_checkpoint
 from .sources.families import check_source
 from .sources.precision import DTYPES, dtype_name, pick_device, served_dtype
-from .sources.text import SPLITS, load_text, token_blocks
+from .sources.text import SPLITS, load_text, repeat_passages, token_blocks
 
 
 def is_number(value):
@@ -56,6 +56,7 @@ RULES = {  # the rule of each parameter: in words, and as a test
     "seed": ("a whole number from 0 to 4294967295", lambda value: type(value) is int and 0 <= value < 2**32),
     "length": whole(16),
     "calibration_blocks": whole(4),
+    "repeated": LIMIT,
     "validation_blocks": whole(1),
     "search_steps": whole(1),
     "fusion_tokens": whole(1),
@@ -113,7 +114,18 @@ def check_parameters(**parameters):
         raise ValueError("give cache_bytes or max_increase, not both: each says how many heads to keep")
 
 
-def load_inputs(run_dir, model, text, length, calibration_blocks, validation_blocks, device=None, dtype=None, **parameters):
+def load_inputs(
+    run_dir,
+    model,
+    text,
+    length,
+    calibration_blocks,
+    validation_blocks,
+    repeated=0.0,
+    device=None,
+    dtype=None,
+    **parameters,
+):
     """The inputs of every notebook, looked at: (settings of the run, source, tokenizer, calibration, validation).
 
     `device`: None is CUDA or MPS if there is one, else the CPU; `dtype`, that the models compute in: None is float32 on the
@@ -123,7 +135,8 @@ def load_inputs(run_dir, model, text, length, calibration_blocks, validation_blo
     Raises ValueError if a parameter is wrong, the model or the text cannot be loaded or is too small, the target cannot be
     met, or `run_dir` holds a run with other settings.
     """
-    blocks = {"length": length, "calibration_blocks": calibration_blocks, "validation_blocks": validation_blocks}
+    blocks = {"length": length, "calibration_blocks": calibration_blocks, "repeated": repeated}
+    blocks["validation_blocks"] = validation_blocks
     check_parameters(run_dir=run_dir, model=model, text=text, device=device, dtype=dtype, **blocks, **parameters)
     shared = ("budget", "cache_bytes", "max_increase", "method", "seed")
     settings = {"model": str(model), "text": str(text)} | {name: parameters.get(name) for name in shared} | blocks
@@ -135,9 +148,7 @@ def load_inputs(run_dir, model, text, length, calibration_blocks, validation_blo
         cache = settings["cache_bytes"]
         heads_for_budget(source.config, settings["budget"] if cache is None else budget_for_cache(source, cache))
     texts = {split: load_text(text, split) for split in SPLITS}
-    calibration, validation = text_blocks(
-        model, source.config, tokenizer, texts, length, calibration_blocks, validation_blocks
-    )
+    calibration, validation = text_blocks(model, source.config, tokenizer, texts, **blocks)
     if settings["max_increase"] is not None:
         token_blocks(tokenizer, texts["calibration"], length, validation_blocks)
     if "other_text" in parameters:
@@ -148,14 +159,16 @@ def load_inputs(run_dir, model, text, length, calibration_blocks, validation_blo
     return settings, source, tokenizer, calibration, validation
 
 
-def text_blocks(model, config, tokenizer, texts, length, calibration_blocks, validation_blocks):
+def text_blocks(model, config, tokenizer, texts, length, calibration_blocks, validation_blocks, repeated):
     """(calibration, validation) blocks [blocks, length] of `texts` {split: documents} for the checkpoint `model`.
+
+    `repeated`: the share of the calibration blocks whose second half repeats their first (`repeat_passages`).
 
     Raises ValueError if the text is too short for them, a block for the model's context, or the model for the tokenizer.
     """
     if length > (context := config.max_position_embeddings):
         raise ValueError(f"length must be at most the model's context, {context}, not {length}")
-    calibration = token_blocks(tokenizer, texts["train"], length, calibration_blocks)
+    calibration = repeat_passages(token_blocks(tokenizer, texts["train"], length, calibration_blocks), repeated)
     validation = token_blocks(tokenizer, texts["validation"], length, validation_blocks)
     highest = int(max(calibration.max(), validation.max()))
     if highest >= (size := config.vocab_size):

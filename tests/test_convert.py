@@ -295,14 +295,16 @@ def test_damaged_shards_are_one_sentence(checkpoint, blocks, tmp_path):
 def test_the_command_converts_and_refuses_in_one_sentence(checkpoint, tmp_path, capsys):
     sizes = ["--length", "32", "--calibration-blocks", "4", "--validation-blocks", "2", "--device", "cpu"]
     command = ["convert", "--model", str(checkpoint), "--out", str(tmp_path / "out"), *sizes]
-    main([*command, "--budget", "0.75", "--no-refit", "--dtype", "bfloat16"])
+    main([*command, "--budget", "0.75", "--no-refit", "--dtype", "bfloat16", "--repeated", "0.5"])
     assert capsys.readouterr().out.strip() == str(tmp_path / "out")
     converted, _ = load_checkpoint(tmp_path / "out", "auto")
     assert converted.config.budget == pytest.approx(0.75, abs=0.05) and converted.dtype == torch.bfloat16
-    assert "128 tokens of wikipedia" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "128 tokens of wikipedia, in blocks of 32, 2 of which say their first half twice;" in card
     for wrong, match in (
         (["--budget", "0.75"], "error: .* is there and holds something else than this conversion"),
         (["--plan", str(tmp_path / "none.json")], "error: there is no head plan in .*none.json"),
+        (["--budget", "0.5", "--repeated", "2"], "error: repeated must be a share from 0 to 1"),
         (["--budget", "2"], "error: budget must be a number above 0 and at most 1"),
         (["--cache-bytes", "1"], "error: a cache of 1 bytes a token is too small"),
         (["--budget", "0.5", "--length", "4096"], "error: length must be at most the model's context, 128"),

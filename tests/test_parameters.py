@@ -54,6 +54,7 @@ SENTENCES = {
     ("length", "20k"): "length must be a whole number, at least 16, not '20k'",
     ("length", "4096"): "length must be at most the model's context, 128, not 4096",
     ("calibration_blocks", "2"): "calibration_blocks must be a whole number, at least 4, not 2",
+    ("repeated", "1.5"): "repeated must be a share from 0 to 1 (0.15 for 15 %), not 1.5",
     ("calibration_blocks", "9999"): "block(s) of 32 need 319968: give more text",
     ("tokens", "20"): "tokens must be at least the length of a block, 32, not 20",
     ("tokens", "20k"): "tokens must be a whole number, at least 1, not '20k'",
@@ -138,6 +139,7 @@ CHANGES = {
     "seed": 1,
     "length": 64,
     "calibration_blocks": 5,
+    "repeated": 0.5,
     "validation_blocks": 1,
 }
 

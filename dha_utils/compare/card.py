@@ -27,7 +27,7 @@ model = AutoModelForCausalLM.from_pretrained(...)
 
 KV cache per token, in {dtype}: {kept:,} bytes, {share:.1%} of the source's {whole:,}.
 
-{quality}Calibration: {calibration_tokens:,} tokens of {text}, in blocks of {length}; seed {seed}; {versions}.
+{quality}Calibration: {calibration_tokens:,} tokens of {text}, in blocks of {length}{repeated}; seed {seed}; {versions}.
 
 The relative error is that of the residual stream behind the layer, on held-out calibration text.
 
@@ -63,6 +63,7 @@ def model_card(model, config, record):
         "share": config.budget,
         "quality": quality(record, request["text"]),
         "length": record["length"],
+        "repeated": f", {n} of which say their first half twice" if (n := record["repeating"]) else "",
         "rows": "\n".join(map(row, range(config.num_hidden_layers), config.head_counts(), record["layers"])),
     }
     return CARD.format(**request | own)

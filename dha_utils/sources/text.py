@@ -105,6 +105,28 @@ def drawn(blocks, count, seed):
     return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:count].sort().values]
 
 
+def repeat_passages(blocks, share, seed=0):
+    """`blocks` [blocks, length]; of a `share` of them, drawn by `seed`, the second half is the first once more.
+
+    Running text seldom asks a model to find a passage again, and what is seldom asked a fit gives up first: copying is
+    where fewer heads lose most (`notebooks/studies/long_context`).
+
+    Raises ValueError if `share` is not between 0 and 1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"the share of blocks that repeat themselves is between 0 and 1, not {share}")
+    blocks, half = blocks.clone(), blocks.shape[1] // 2
+    chosen = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[: round(share * len(blocks))]
+    blocks[chosen, half : 2 * half] = blocks[chosen, :half]
+    return blocks
+
+
+def repeating(blocks):
+    """How many of the blocks [blocks, length] say their first half twice, as `repeat_passages` makes them."""
+    half = blocks.shape[1] // 2
+    return int((blocks[:, :half] == blocks[:, half : 2 * half]).all(1).sum())
+
+
 def _split_of(index, pretraining=False):
     place = index % _EVERY
     rest = "pretraining" if pretraining and place not in _CONVERSION else "train"

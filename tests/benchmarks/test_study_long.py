@@ -3,14 +3,15 @@
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
-from study_long import TASKS, bits_chart, bits_table, excess, excess_chart, excess_table
+from study_long import TASKS, bits_chart, bits_table, excess, excess_chart, excess_table, repeats_table
 
 
 @pytest.fixture
 def rows():
     stages = [("source", 1.0, 0.0), ("refitted", 0.5, 0.5), ("recovered", 0.5, 0.25)]
+    setting = {"repeated": 0.0}
     return pd.DataFrame(
-        {"budget": budget, "stage": stage, "task": task, "place": place, "draw": draw, "loss": draw + place + more}
+        setting | {"budget": budget, "stage": stage, "task": task, "place": place, "draw": draw, "loss": draw + place + more}
         for stage, budget, more in stages
         for task in TASKS
         for place in (1, 2)
@@ -28,6 +29,15 @@ def test_each_text_is_compared_with_itself(rows):
     table = excess_table(rows)
     assert table[("source", "loss (nats)")].tolist() == [2.5, 3.5] * len(TASKS)
     assert set(table[(0.5, "refitted")]) == {0.5}
+
+
+def test_models_calibrated_both_ways_stand_side_by_side(rows):
+    better = rows.query("stage == 'refitted'").assign(repeated=0.25, loss=lambda rows: rows["loss"] - 0.375)
+    table = repeats_table(pd.concat([rows, better]))
+    assert table.index.tolist() == [(0.5, "refitted")], "the others were calibrated one way"
+    assert table.columns.get_level_values("task").unique().tolist() == list(TASKS)
+    for task in TASKS:
+        assert table.loc[(0.5, "refitted"), task].to_dict() == {"25% repeats": 0.125, "running text": 0.5}
 
 
 def test_a_panel_a_task(rows):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dha_utils import load_checkpoint, load_text, token_blocks
-from dha_utils.sources.text import SPLITS
+from dha_utils import load_checkpoint, load_text, repeat_passages, token_blocks
+from dha_utils.sources.text import SPLITS, repeating
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,20 @@ def test_blocks_do_not_overlap_and_a_sample_is_spread(tokenizer):
     assert blocks.flatten().tolist() == flat[: blocks.numel()]
     sample = token_blocks(tokenizer, texts, length=16, limit=4)
     assert torch.equal(sample, blocks[[0, len(blocks) // 4, len(blocks) // 2, len(blocks) * 3 // 4]])
+
+
+@pytest.mark.parametrize("length", [16, 17])
+def test_some_blocks_repeat_their_first_half(length):
+    blocks = torch.arange(8 * length).view(8, length)
+    before, repeated, half = blocks.clone(), repeat_passages(blocks, 0.5), length // 2
+    assert torch.equal(blocks, before) and torch.equal(repeat_passages(blocks, 0), blocks)
+    changed = (repeated != blocks).any(1)
+    assert changed.sum() == repeating(repeated) == 4 and repeating(blocks) == 0
+    assert torch.equal(repeated[changed, half : 2 * half], blocks[changed, :half])
+    assert torch.equal(repeated[:, :half], blocks[:, :half]) and torch.equal(repeated[:, 2 * half :], blocks[:, 2 * half :])
+    assert not torch.equal(repeat_passages(blocks, 0.5, seed=1), repeated)
+    with pytest.raises(ValueError, match="between 0 and 1, not 2"):
+        repeat_passages(blocks, 2)
 
 
 def test_text_files_and_folders(tmp_path):

@@ -96,11 +96,11 @@ def models(arguments, source, tokenizer, training):
         start = partial(refitted_start, arguments, source, tokenizer, training, budget, repeated=share)
 
         def recovered(start=start, budget=budget):
-            folder = RUNS / f"long-{Path(arguments.model).name}-{budget:.4g}-{arguments.tokens}{f'-{share}' * bool(share)}"
+            folder = RUNS / f"long-{Path(arguments.model).name}-{budget:.4g}-{arguments.tokens}"
             return pretrain(start(), text, arguments.tokens, source, learning_rate=2e-4, output_dir=folder)
 
-        made = {"budget": round(budget, 4), "calibration_tokens": arguments.calibration_blocks * arguments.length}
-        made["repeated"] = share
+        read = arguments.calibration_blocks * arguments.length
+        made = {"budget": round(budget, 4), "calibration_tokens": read, "repeated": share}
         yield made | {"stage": "refitted", "tokens": 0}, start
         yield made | {"stage": "recovered", "tokens": arguments.tokens}, recovered
 

@@ -14,12 +14,12 @@ TASKS = {  # of long_context.csv: what its `place` is
 
 def excess(rows):
     """What each model loses beside the source on the same text: `rows` of long_context.csv, with `source`, `excess` (nats a
-    token) and, in words, what it was `calibrated on`."""
+    token) and, in words, its `calibration` (what it is trained on as well)."""
     key = ["task", "place", "draw"]
     source = rows[rows["stage"] == "source"][[*key, "loss"]].rename(columns={"loss": "source"})
     rows = rows[rows["stage"] != "source"].merge(source, on=key, validate="many_to_one")  # one setting, not two
-    words = {share: f"{share:.0%} repeats" if share else "running text" for share in rows["repeated"].unique()}
-    return rows.assign(**{"excess": rows["loss"] - rows["source"], "calibrated on": rows["repeated"].map(words)})
+    read = rows["repeated"].map({0.0: "running text", 0.25: "a quarter repeats"})
+    return rows.assign(excess=rows["loss"] - rows["source"], calibration=read)
 
 
 def excess_table(rows):
@@ -31,15 +31,14 @@ def excess_table(rows):
 
 
 def repeats_table(rows):
-    """Mean excess of the models that were calibrated both ways, by budget and stage: two columns a task."""
-    rows = excess(rows)
-    table = rows.pivot_table(index=["budget", "stage"], columns=["task", "calibrated on"], values="excess").dropna()
+    """Mean excess of the models that were made both ways, by budget and stage: two columns a task."""
+    table = excess(rows).pivot_table(index=["budget", "stage"], columns=["task", "calibration"], values="excess").dropna()
     return table[list(TASKS)].sort_index(level="budget", ascending=False, sort_remaining=False)
 
 
 def excess_chart(rows, title, style="stage"):
-    """`excess` over `place`, a panel a task: a colour a budget, dashed by `style` (stage: before training); bands from
-    least to most."""
+    """`excess` over `place`, a panel a task: a colour a budget, dashed what is worse of a `style` ("stage" or
+    "calibration"); bands from least to most."""
     rows = excess(rows).sort_values("budget", ascending=False, kind="stable")
     figure, axes = plt.subplots(1, len(TASKS), figsize=(13, 4.5), layout="constrained")
     named = rows.assign(**{"heads kept": rows["budget"].map("{:.0%}".format)})
@@ -48,7 +47,7 @@ def excess_chart(rows, title, style="stage"):
         lines = {
             "hue": "heads kept",
             "style": style,
-            "style_order": sorted(rows[style].unique()),
+            "style_order": sorted(rows[style].unique()),  # "recovered" and "a quarter repeats" come first
             "palette": COLORS[: rows["budget"].nunique()],
         }
         sns.lineplot(

@@ -24,7 +24,7 @@ from .measure.moments import layer_moments
 from .measure.perplexity import stream_losses
 from .measure.stream import after_layer, attention_backend, each_block, first_stream
 from .measure.walk import Walk
-from .plan.allocate import heads_for_increase, knapsack, target_heads
+from .plan.allocate import fitted_and_measured, heads_for_increase, knapsack, target_heads
 from .plan.head_plan import HeadPlan
 from .plan.partition import plan_of_counts
 from .plan.prices import MEASURED_TOKENS, PriceWalk, after_refit, head_grid
@@ -149,7 +149,7 @@ def plan_layers(model, blocks, work, budget=None, cache_bytes=None, max_increase
     """The `HeadPlan` for one target, by the prices of each layer alone (`loss_increase`), as a refit leaves them."""
     if (work / "plan.json").is_file():
         return HeadPlan.load(work / "plan.json")
-    blocks, held_out = (blocks, None) if max_increase is None else (blocks[0::2], blocks[1::2])
+    blocks, held_out = (blocks, None) if max_increase is None else fitted_and_measured(blocks)
     pricing, walk = PriceWalk(model, blocks), Walk(work / "pricing.safetensors")
     pricing.streams = walk.streams or pricing.streams
     for index, layer in walk.bar(model, "pricing"):
@@ -201,7 +201,7 @@ def convert_layers(model, blocks, plan, work, dtype, validation, refit, seed):
         write_weights(work / file_of(model, index + 1), weights, dtype)
         layout = {name: getattr(fused, name) for name in ("key_head_map", "value_head_map", "key_frequencies")}
         walk.add({"layout": layout, "errors": errors}, streams | {"random": random.get_state()})
-    record = {"layers": walk.rows, "length": blocks.shape[1], "repeating": repeating(blocks)}
+    record = {"layers": walk.rows, "length": blocks.shape[1], "repeating": int(repeating(blocks).sum())}
     if validation is not None:
         losses = {w: stream_losses(model, streams[f"{w} validation"], validation, kept) for w, kept in starts.items()}
         record["losses"] = {who: loss.mean(1).tolist() for who, loss in losses.items()}

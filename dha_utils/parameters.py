@@ -115,16 +115,7 @@ def check_parameters(**parameters):
 
 
 def load_inputs(
-    run_dir,
-    model,
-    text,
-    length,
-    calibration_blocks,
-    validation_blocks,
-    repeated=0.0,
-    device=None,
-    dtype=None,
-    **parameters,
+    run_dir, model, text, length, calibration_blocks, repeated, validation_blocks, device=None, dtype=None, **parameters
 ):
     """The inputs of every notebook, looked at: (settings of the run, source, tokenizer, calibration, validation).
 
@@ -135,8 +126,12 @@ def load_inputs(
     Raises ValueError if a parameter is wrong, the model or the text cannot be loaded or is too small, the target cannot be
     met, or `run_dir` holds a run with other settings.
     """
-    blocks = {"length": length, "calibration_blocks": calibration_blocks, "repeated": repeated}
-    blocks["validation_blocks"] = validation_blocks
+    blocks = {
+        "length": length,
+        "calibration_blocks": calibration_blocks,
+        "repeated": repeated,
+        "validation_blocks": validation_blocks,
+    }
     check_parameters(run_dir=run_dir, model=model, text=text, device=device, dtype=dtype, **blocks, **parameters)
     shared = ("budget", "cache_bytes", "max_increase", "method", "seed")
     settings = {"model": str(model), "text": str(text)} | {name: parameters.get(name) for name in shared} | blocks
@@ -159,7 +154,7 @@ def load_inputs(
     return settings, source, tokenizer, calibration, validation
 
 
-def text_blocks(model, config, tokenizer, texts, length, calibration_blocks, validation_blocks, repeated):
+def text_blocks(model, config, tokenizer, texts, length, calibration_blocks, repeated, validation_blocks):
     """(calibration, validation) blocks [blocks, length] of `texts` {split: documents} for the checkpoint `model`.
 
     `repeated`: the share of the calibration blocks whose second half repeats their first (`repeat_passages`).

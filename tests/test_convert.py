@@ -300,7 +300,7 @@ def test_the_command_converts_and_refuses_in_one_sentence(checkpoint, tmp_path, 
     converted, _ = load_checkpoint(tmp_path / "out", "auto")
     assert converted.config.budget == pytest.approx(0.75, abs=0.05) and converted.dtype == torch.bfloat16
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "128 tokens of wikipedia, in blocks of 32, 2 of which say their first half twice;" in card
+    assert "128 tokens of wikipedia, in blocks of 32 (blocks that say their first half twice: 2);" in card
     for wrong, match in (
         (["--budget", "0.75"], "error: .* is there and holds something else than this conversion"),
         (["--plan", str(tmp_path / "none.json")], "error: there is no head plan in .*none.json"),

@@ -10,7 +10,7 @@ from conftest import tiny_llama
 from dha_utils import HeadPlan, fuse, load_checkpoint, load_text, save_checkpoint, token_blocks
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-SIZES = {"text": "austen", "length": 32, "calibration_blocks": 8, "validation_blocks": 4}
+SIZES = {"text": "austen", "length": 32, "calibration_blocks": 8, "repeated": 0.25, "validation_blocks": 4}
 OWN = {"02_head_clusters": {"search_steps": 4}}
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import SHAPES, half_plan, tiny_llama
 
 from dha_utils import HeadPlan, fuse, load_checkpoint, load_text, save_checkpoint
@@ -11,6 +12,7 @@ from dha_utils.__main__ import DEFAULTS, main, typed
 from dha_utils.compare.cost import bytes_per_token
 from dha_utils.parameters import RULES, check_parameters, check_report, converted_model, open_run
 from dha_utils.runs import record_metrics, write_whole
+from dha_utils.sources.text import repeating
 
 
 def refusal(*arguments):
@@ -36,7 +38,7 @@ def folder(tmp_path_factory):
     return path
 
 
-BLOCKS = {"length": 32, "calibration_blocks": 4, "validation_blocks": 2}
+BLOCKS = {"length": 32, "calibration_blocks": 4, "repeated": 0.0, "validation_blocks": 2}
 
 
 SENTENCES = {
@@ -152,6 +154,13 @@ def test_a_run_with_another_wish_is_kept(name, folder, tmp_path):
         request(folder, tmp_path / "run", **{name: CHANGES[name]})
     request(folder, tmp_path / "run")
     assert (tmp_path / "run" / "run.json").read_text() == before
+
+
+def test_what_repeats_is_fitted_and_not_validated(folder, tmp_path):
+    (*_, plain, validation), (*_, calibration, same) = (
+        request(folder, tmp_path / str(share), calibration_blocks=16, repeated=share) for share in (0.0, 0.25)
+    )
+    assert repeating(plain).sum() == 0 and repeating(calibration).sum() == 4 and torch.equal(validation, same)
 
 
 @pytest.mark.parametrize("changed", ["model", "text"])

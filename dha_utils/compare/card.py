@@ -63,7 +63,7 @@ def model_card(model, config, record):
         "share": config.budget,
         "quality": quality(record, request["text"]),
         "length": record["length"],
-        "repeated": f", {n} of which say their first half twice" if (n := record["repeating"]) else "",
+        "repeated": f" (blocks that say their first half twice: {n})" if (n := record["repeating"]) else "",
         "rows": "\n".join(map(row, range(config.num_hidden_layers), config.head_counts(), record["layers"])),
     }
     return CARD.format(**request | own)

@@ -22,6 +22,7 @@ from ..measure.stream import (
 )
 from ..sources.families import check_source
 from ..sources.precision import as_float64
+from ..sources.text import HELD_OUT
 
 EXACT = 1e-9  # a relative squared error that is rounding: nothing to mend
 WELL = 0.9  # a round of gradient steps that leaves less than this of the error is followed by another
@@ -104,7 +105,8 @@ class LayerFit:
 
     def __init__(self, layer, states, streams, rope_cos_sin, dtype=torch.float32):
         self.layer, self.states, self.streams, self.rope_cos_sin, self.dtype = layer, states, streams, rope_cos_sin, dtype
-        self.held_out = torch.arange(len(states)) % 4 == 3
+        self.held_out = torch.zeros(len(states), dtype=torch.bool)
+        self.held_out[HELD_OUT] = True
         self.error = self.measured_error()
 
     def loss(self, output, chosen):

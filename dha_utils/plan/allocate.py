@@ -15,6 +15,7 @@ from ..measure.perplexity import interval, stream_losses
 from ..measure.stream import after_layer, attention_backend, each_block, each_layer, first_stream
 from ..runs import fingerprint, write_whole
 from ..sources.precision import dtype_name, served_dtype
+from ..sources.text import repeating
 from .head_plan import neighbours_plan
 from .partition import group_heads, partition_costs, plan_of_counts
 from .prices import after_refit, loss_increase, shared_in_place
@@ -54,11 +55,7 @@ def plan_heads(
 
     held_out = None
     if max_increase is not None:
-        if len(blocks) < 4:
-            raise ValueError(
-                f"an increase needs at least 4 calibration blocks, half of them to measure it, not {len(blocks)}"
-            )
-        blocks, held_out, energies = blocks[0::2], blocks[1::2], None
+        (blocks, held_out), energies = fitted_and_measured(blocks), None
 
     @cache
     def partitions():
@@ -76,6 +73,20 @@ def plan_heads(
 
     heads = target_heads(model, blocks, counts, budget, cache_bytes, max_increase, method, held_out)
     return plan_of_counts(partitions(), counts(heads))
+
+
+def fitted_and_measured(blocks):
+    """(the calibration blocks that make a plan, those of running text that measure what it costs), for `max_increase`.
+
+    Raises ValueError if there are too few.
+    """
+    if len(blocks) < 4:
+        raise ValueError(f"an increase needs at least 4 calibration blocks, half of them to measure it, not {len(blocks)}")
+    fitted, measured = blocks[0::2], blocks[1::2]
+    measured = measured[~repeating(measured)]
+    if not len(measured):
+        raise ValueError("an increase is measured on running text, but all calibration blocks for it repeat themselves")
+    return fitted, measured
 
 
 def target_heads(model, blocks, counts, budget=None, cache_bytes=None, max_increase=None, method="spectral", held_out=None):

@@ -28,6 +28,9 @@ TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 PASSAGE = 4000  # characters
 
 
+HELD_OUT = slice(3, None, 4)  # of the calibration blocks: those that a refit measures, and does not fit
+
+
 READ = 4_000_000, 64  # characters: a sample of blocks is taken from so many, or from so many for each of its tokens
 
 
@@ -105,26 +108,29 @@ def drawn(blocks, count, seed):
     return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:count].sort().values]
 
 
-def repeat_passages(blocks, share, seed=0):
-    """`blocks` [blocks, length]; of a `share` of them, drawn by `seed`, the second half is the first once more.
+def repeat_passages(blocks, share):
+    """`blocks` [blocks, length]; in a `share` of them, spread at random, the second half is the first once more.
 
     Running text seldom asks a model to find a passage again, and what is seldom asked a fit gives up first: copying is
-    where fewer heads lose most (`notebooks/studies/long_context`).
+    where fewer heads lose most (`notebooks/studies/long_context`). The share is rounded, of the blocks that a refit holds
+    out and of the others alike.
 
     Raises ValueError if `share` is not between 0 and 1.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"the share of blocks that repeat themselves is between 0 and 1, not {share}")
-    blocks, half = blocks.clone(), blocks.shape[1] // 2
-    chosen = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[: round(share * len(blocks))]
-    blocks[chosen, half : 2 * half] = blocks[chosen, :half]
+    blocks, half, places = blocks.clone(), blocks.shape[1] // 2, range(len(blocks))
+    draw = random.Random(0)  # Python's: the first of torch's permutation would be those that a training reads first
+    for part in (places[HELD_OUT], sorted({*places} - {*places[HELD_OUT]})):
+        chosen = draw.sample(part, round(share * len(part)))
+        blocks[chosen, half : 2 * half] = blocks[chosen, :half]
     return blocks
 
 
 def repeating(blocks):
-    """How many of the blocks [blocks, length] say their first half twice, as `repeat_passages` makes them."""
+    """Which of the blocks [blocks, length] say their first half twice: a mask [blocks]."""
     half = blocks.shape[1] // 2
-    return int((blocks[:, :half] == blocks[:, half : 2 * half]).all(1).sum())
+    return (blocks[:, :half] == blocks[:, half : 2 * half]).all(1) & (half > 0)
 
 
 def _split_of(index, pretraining=False):

@@ -9,14 +9,13 @@ from study_long import TASKS, bits_chart, bits_table, excess, excess_chart, exce
 @pytest.fixture
 def rows():
     stages = [("source", 1.0, 0.0), ("refitted", 0.5, 0.5), ("recovered", 0.5, 0.25)]
-    setting = {"repeated": 0.0}
     return pd.DataFrame(
-        setting | {"budget": budget, "stage": stage, "task": task, "place": place, "draw": draw, "loss": draw + place + more}
+        {"budget": budget, "stage": stage, "task": task, "place": place, "draw": draw, "loss": draw + place + more}
         for stage, budget, more in stages
         for task in TASKS
         for place in (1, 2)
         for draw in (0, 3)
-    )
+    ).assign(repeated=0.0)
 
 
 def test_each_text_is_compared_with_itself(rows):
@@ -37,7 +36,7 @@ def test_models_calibrated_both_ways_stand_side_by_side(rows):
     assert table.index.tolist() == [(0.5, "refitted")], "the others were calibrated one way"
     assert table.columns.get_level_values("task").unique().tolist() == list(TASKS)
     for task in TASKS:
-        assert table.loc[(0.5, "refitted"), task].to_dict() == {"25% repeats": 0.125, "running text": 0.5}
+        assert table.loc[(0.5, "refitted"), task].to_dict() == {"a quarter repeats": 0.125, "running text": 0.5}
 
 
 def test_a_panel_a_task(rows):

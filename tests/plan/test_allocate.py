@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from dha_utils import cache_bytes, fuse, perplexity, plan_heads
-from dha_utils.plan.allocate import ALLOCATIONS, heads_for_increase, knapsack, shared_losses, target_heads
+from dha_utils.plan.allocate import (
+    ALLOCATIONS,
+    fitted_and_measured,
+    heads_for_increase,
+    knapsack,
+    shared_losses,
+    target_heads,
+)
 from dha_utils.plan.partition import (
     group_heads,
     monotone,
@@ -125,3 +132,13 @@ def test_every_allocation_takes_an_increase(mha, blocks, allocation):
     """Prices want gradients, also where nothing else does."""
     loose, tight = (plan_heads(mha, blocks, max_increase=share, allocation=allocation).heads for share in (10.0, 1e-3))
     assert 6 == loose < tight <= 24
+
+
+def test_an_increase_is_measured_on_running_text(blocks):
+    """Where text repeats itself fewer heads lose more: more of them would be kept for the same wish."""
+    half, blocks = blocks.shape[1] // 2, blocks[:6].clone()
+    blocks[:2, half:] = blocks[:2, :half]
+    fitted, measured = fitted_and_measured(blocks)
+    assert torch.equal(fitted, blocks[0::2]) and torch.equal(measured, blocks[[3, 5]])
+    with pytest.raises(ValueError, match="measured on running text, but all calibration blocks for it repeat themselves"):
+        fitted_and_measured(blocks[[0, 1, 0, 1]])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dha_utils import load_checkpoint, load_text, repeat_passages, token_blocks
-from dha_utils.sources.text import SPLITS, repeating
+from dha_utils.sources.text import HELD_OUT, SPLITS, repeating
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +45,24 @@ def test_blocks_do_not_overlap_and_a_sample_is_spread(tokenizer):
 
 @pytest.mark.parametrize("length", [16, 17])
 def test_some_blocks_repeat_their_first_half(length):
-    blocks = torch.arange(8 * length).view(8, length)
-    before, repeated, half = blocks.clone(), repeat_passages(blocks, 0.5), length // 2
+    blocks = torch.arange(16 * length).view(16, length)
+    before, repeated, half = blocks.clone(), repeat_passages(blocks, 0.25), length // 2
     assert torch.equal(blocks, before) and torch.equal(repeat_passages(blocks, 0), blocks)
     changed = (repeated != blocks).any(1)
-    assert changed.sum() == repeating(repeated) == 4 and repeating(blocks) == 0
+    assert torch.equal(changed, repeating(repeated)) and not repeating(blocks).any() and not repeating(blocks[:, :1]).any()
+    assert changed.sum() == 4 and changed[HELD_OUT].sum() == 1, "of the blocks that a refit measures as well"
     assert torch.equal(repeated[changed, half : 2 * half], blocks[changed, :half])
     assert torch.equal(repeated[:, :half], blocks[:, :half]) and torch.equal(repeated[:, 2 * half :], blocks[:, 2 * half :])
-    assert not torch.equal(repeat_passages(blocks, 0.5, seed=1), repeated)
     with pytest.raises(ValueError, match="between 0 and 1, not 2"):
         repeat_passages(blocks, 2)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_training_reads_its_share_of_repeating_blocks_from_its_beginning(seed):
+    """They were the first of the permutation that the sampler of the trainer also makes: it read nothing else."""
+    blocks = repeat_passages(torch.arange(8192).view(1024, 8), 0.25)
+    order = torch.randperm(1024, generator=torch.Generator().manual_seed(seed))
+    assert repeating(blocks[order[:256]]).float().mean().item() == pytest.approx(0.25, abs=0.06)
 
 
 def test_text_files_and_folders(tmp_path):

@@ -188,7 +188,6 @@ def measure(study, run, learning_rates):
         "value_heads": sum(values for _, values in counts) or heads,
         "heads_by_layer": " ".join(f"{keys}+{values}" for keys, values in counts),
         "text_tokens": study.training.numel(),
-        "validation_tokens": scored_tokens(study.validation),
         "device": study.source.device.type,
     }
     before = time.perf_counter() - begin
@@ -222,7 +221,7 @@ def main():
         rates = [rate for rate in rates if not has_row(arguments.out, run | scored | {"learning_rate": rate})]
         if not rates:
             continue
-        append_rows(arguments.out, list(measure(study, run, rates)))
+        append_rows(arguments.out, [row | scored for row in measure(study, run, rates)])
         print(f"{run['method']}, budget {run['budget']:.0%}, {run['tokens']:,} tokens, seed {run['seed']}", flush=True)
 
 

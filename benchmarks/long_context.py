@@ -4,7 +4,7 @@
     python benchmarks/long_context.py --repeated 0.25      # calibrated, and trained, on blocks of which a quarter repeat
 
 For the source, and for DHA at each budget, refitted and then trained on the source's logits (`recovery.py`'s way):
-*position*: the LM loss by place in texts as long as the checkpoint's context; *copy*: the loss on the second half of a
+*position*: the LM loss by place in texts of --context tokens; *copy*: the loss on the second half of a
 passage that is repeated after `place` tokens; *needle*: the loss on a number of five digits that is asked for at the end of
 a text which has named it at `place`, a share of its length. A row a block of text (position) or draw (copy, needle); the
 same texts for all models. Rows that the CSV already has are not measured again.
@@ -23,7 +23,7 @@ from dha_utils import load_checkpoint, load_text, pretrain, repeat_passages, tok
 from dha_utils.measure.perplexity import token_losses
 from dha_utils.runs import append_rows, has_row
 
-EDGES = [1, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384]  # of the positions that a row is the mean of
+EDGES = [1, 16, 64, 256, *(512 << n for n in range(12))]  # of the positions that a row is the mean of
 LAGS = [64, 256, 1024]
 DEPTHS = [0.1, 0.5, 0.9]
 
@@ -36,7 +36,10 @@ def parse_arguments():
     parser.add_argument("--length", type=int, default=512, help="tokens a block of calibration and training")
     parser.add_argument("--tokens", type=int, default=40960, help="of the recovery")
     parser.add_argument("--repeated", type=float, default=0.0, help="share of the blocks that say a passage twice")
-    parser.add_argument("--texts", type=int, default=2, help="as long as the context")
+    parser.add_argument(
+        "--context", type=int, default=8192, help="tokens a text of the positions (fewer, if the model reads fewer)"
+    )
+    parser.add_argument("--texts", type=int, default=2, help="so long")
     parser.add_argument("--draws", type=int, default=4, help="of copies and needles")
     parser.add_argument("--needle-length", type=int, default=2048)
     parser.add_argument("--device", default="cpu")
@@ -109,14 +112,16 @@ def main():
     arguments = parse_arguments()
     source, tokenizer = load_checkpoint(arguments.model, device=arguments.device)
     longest, context = max(2 * max(LAGS), arguments.needle_length + 64), source.config.max_position_embeddings
-    if not longest <= context < EDGES[-1]:
-        raise SystemExit(f"the tests have up to {longest} tokens and spans up to {EDGES[-1]}, the model reads {context}")
+    if longest > context:
+        raise SystemExit(f"a repeated passage and a needle's text have up to {longest} tokens, the model reads {context}")
+    context = min(context, arguments.context)
     training = token_blocks(tokenizer, load_text(arguments.text, "train"), arguments.length)
     unseen = partial(token_blocks, tokenizer, load_text(arguments.text, "validation"))
     long, short = unseen(context, arguments.texts), unseen(max(LAGS), arguments.draws)
     hay = unseen(arguments.needle_length, arguments.draws)
     setting = {"model": Path(arguments.model).name, "text": arguments.text, "draws": arguments.draws}
     setting |= {"texts": arguments.texts, "needle_length": arguments.needle_length, "length": arguments.length}
+    setting |= {"context": context}
     setting["device"] = arguments.device
     for named, make in tqdm(list(models(arguments, source, tokenizer, training)), "models"):
         named = setting | named

@@ -66,7 +66,7 @@ def add_convert(actions):
     parser.add_argument("--device", help="by default CUDA or MPS if there is one")
     parser.add_argument("--length", type=int, default=512, help="tokens per block (default: %(default)s)")
     parser.add_argument("--calibration-blocks", type=int, default=32, help="to measure and fit on (default: %(default)s)")
-    repeated = "share of the calibration blocks that say their first half twice: keeps copying (default: %(default)s)"
+    repeated = "share of them that say their first half twice: less of copying is lost (default: %(default)s)"
     parser.add_argument("--repeated", type=float, default=0.25, help=repeated)
     parser.add_argument("--validation-blocks", type=int, default=8, help="for the model card (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the blocks (default: %(default)s)")

@@ -233,8 +233,9 @@ def findings(say, means, scores, unjudged, circles, speed, limits, **named):
             **limits,
         ),
         say(
-            "Not measured here: quality beyond {length} tokens of context, how instructions are followed, speed on an "
-            "accelerator. One conversion, one seed: the intervals are over texts and questions only. "
+            "Not measured here: quality beyond {length} tokens of context, how well a passage that was read before is "
+            "copied (where fewer heads lose most), how instructions are followed, speed on an accelerator. One "
+            "conversion, one seed: the intervals are over texts and questions only. "
             "Other sizes, and other ways to the same size: notebook 5.",
             **named,
         ),

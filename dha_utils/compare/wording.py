@@ -154,8 +154,8 @@ JAPANESE = {
     "The limits are parameters, examples unless you set them: perplexity at most {largest_increase:.0%} more, agreement at least {smallest_agreement:.0%}, right answers at most {largest_task_drop:.0%} fewer, answers turned at most {most_flips:.0%}, cache at least {smallest_saving:.0%} smaller.": (
         "限度はパラメータであり、設定しない限り例にすぎない：パープレキシティの増加 {largest_increase:.0%} 以下、一致率 {smallest_agreement:.0%} 以上、正答率の低下 {largest_task_drop:.0%} 以下、入れ替わった答え {most_flips:.0%} 以下、キャッシュの節約 {smallest_saving:.0%} 以上。"
     ),
-    "Not measured here: quality beyond {length} tokens of context, how instructions are followed, speed on an accelerator. One conversion, one seed: the intervals are over texts and questions only. Other sizes, and other ways to the same size: notebook 5.": (
-        "ここで測っていないもの：{length} トークンを超える文脈での品質、指示への従い方、アクセラレータでの速度。変換は一回、シードも一つであり、区間は文章と問題のばらつきだけを表す。他の大きさ、同じ大きさへの他の方法はノートブック 5 にある。"
+    "Not measured here: quality beyond {length} tokens of context, how well a passage that was read before is copied (where fewer heads lose most), how instructions are followed, speed on an accelerator. One conversion, one seed: the intervals are over texts and questions only. Other sizes, and other ways to the same size: notebook 5.": (
+        "ここで測っていないもの：{length} トークンを超える文脈での品質、既に読んだ箇所の繰り返しの正確さ（ヘッドを減らすと最も失われやすい）、指示への従い方、アクセラレータでの速度。変換は一回、シードも一つであり、区間は文章と問題のばらつきだけを表す。他の大きさ、同じ大きさへの他の方法はノートブック 5 にある。"
     ),
     "Both models expect the same token in {agreement:.0%} of places on {text}, in {elsewhere:.0%} on {other}; {turned:.0%} of {count} answers turned right or wrong.": (
         "両方のモデルが同じトークンを予測する箇所は {text} で {agreement:.0%}、{other} で {elsewhere:.0%}。{count} 個の答えのうち {turned:.0%} で正誤が入れ替わった。"

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
-from study_long import TASKS, bits_chart, bits_table, excess, excess_chart, excess_table, repeats_table
+from study_long import TASKS, bits_chart, bits_table, excess, excess_chart, excess_table, mean_excess, repeats_table
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def rows():
         for task in TASKS
         for place in (1, 2)
         for draw in (0, 3)
-    ).assign(repeated=0.0)
+    ).assign(repeated=0.0, context=8)
 
 
 def test_each_text_is_compared_with_itself(rows):
@@ -30,18 +30,28 @@ def test_each_text_is_compared_with_itself(rows):
     assert set(table[(0.5, "refitted")]) == {0.5}
 
 
+def test_a_mean_over_positions_is_one_over_tokens(rows):
+    """The mean of eight spans, the first of 15 tokens and the last of 4,096, was called a mean over tokens."""
+    late = (rows["stage"] != "source") & (rows["place"] == 2)
+    rows = rows.assign(loss=rows["loss"] + 7.0 * late)  # at positions 2 to 7, not at 1
+    means = mean_excess(excess(rows), ["task", "stage"])
+    assert means["position", "refitted"] == pytest.approx(0.5 + 7 * 6 / 7)
+    assert means["copy", "refitted"] == pytest.approx(0.5 + 7 / 2)
+
+
 def test_models_calibrated_both_ways_stand_side_by_side(rows):
     better = rows.query("stage == 'refitted'").assign(repeated=0.25, loss=lambda rows: rows["loss"] - 0.375)
     table = repeats_table(pd.concat([rows, better]))
-    assert table.index.tolist() == [(0.5, "refitted")], "the others were calibrated one way"
-    assert table.columns.get_level_values("task").unique().tolist() == list(TASKS)
-    for task in TASKS:
-        assert table.loc[(0.5, "refitted"), task].to_dict() == {"a quarter repeats": 0.125, "running text": 0.5}
+    assert table.columns.tolist() == [("refitted", "a quarter repeats"), ("refitted", "running text")], "made both ways"
+    assert table.index.tolist() == [
+        (0.5, task, place) for task in TASKS for place in (["all"] if task == "position" else [1, 2])
+    ]
+    assert (table["refitted", "a quarter repeats"] == 0.125).all() and (table["refitted", "running text"] == 0.5).all()
 
 
 def test_a_panel_a_task(rows):
     axes = excess_chart(rows, "what is lost").axes
-    assert [axis.get_title() for axis in axes] == list(TASKS)
+    assert [axis.get_title() for axis in axes] == [tested for tested, _ in TASKS.values()]
     plt.close("all")
 
 

@@ -1,9 +1,10 @@
 """Where fewer heads may hurt first: late positions, copying, a needle in a long text; before and after recovery.
 
-    python benchmarks/long_context.py                      # smollm2-135m at 67, 50 and 33 %; an hour and a half on one core
+    python benchmarks/long_context.py                      # smollm2-135m at 67, 50 and 33 %; two hours on one core
     python benchmarks/long_context.py --repeated 0.25      # calibrated, and trained, on blocks of which a quarter repeat
 
-For the source, and for DHA at each budget, refitted and then trained on the source's logits (`recovery.py`'s way):
+For the source, for DHA at each budget, refitted and then trained on the source's logits (`recovery.py`'s way), and for a
+low-rank cache of the same size, refitted on the same blocks:
 *position*: the LM loss by place in texts of --context tokens; *copy*: the loss on the second half of a
 passage that is repeated after `place` tokens; *needle*: the loss on a number of five digits that is asked for at the end of
 a text which has named it at `place`, a share of its length. A row a block of text (position) or draw (copy, needle); the
@@ -16,12 +17,16 @@ from pathlib import Path
 
 import torch
 from inputs import add_inputs, parsed
+from low_rank import low_rank_model, uniform_ranks, whitened_svd
 from recovery import RUNS, refitted_start
 from tqdm import tqdm
 
 from dha_utils import load_checkpoint, load_text, pretrain, repeat_passages, token_blocks
+from dha_utils.fuse.refit import refit
+from dha_utils.measure.moments import collect_moments
 from dha_utils.measure.perplexity import token_losses
 from dha_utils.runs import append_rows, has_row
+from dha_utils.sources.text import drawn
 
 EDGES = [1, 16, 64, 256, *(512 << n for n in range(12))]  # of the positions that a row is the mean of
 LAGS = [64, 256, 1024]
@@ -90,10 +95,16 @@ def by_needle(model, tokenizer, blocks):
     return rows
 
 
+def refitted_low_rank(source, calibration, budget):
+    cut = low_rank_model(source, whitened_svd(source, collect_moments(source, calibration)), uniform_ranks(source, budget))
+    return refit(cut, source, calibration)[0]
+
+
 def models(arguments, source, tokenizer, training):
     """Yields ({budget, stage}, function that makes the model); a start is made once, a recovery resumes."""
     share = arguments.repeated
     text = repeat_passages(training, share)
+    calibration = repeat_passages(drawn(training, arguments.calibration_blocks, seed=0), share)  # as `refitted_start`'s
     yield {"budget": 1.0, "stage": "source", "calibration_tokens": 0, "tokens": 0, "repeated": 0.0}, lambda: source
     for budget in arguments.budgets:
         start = partial(refitted_start, arguments, source, tokenizer, training, budget, repeated=share)
@@ -106,6 +117,8 @@ def models(arguments, source, tokenizer, training):
         made = {"budget": round(budget, 4), "calibration_tokens": read, "repeated": share}
         yield made | {"stage": "refitted", "tokens": 0}, start
         yield made | {"stage": "recovered", "tokens": arguments.tokens}, recovered
+        rival = partial(refitted_low_rank, source, calibration, budget)
+        yield made | {"stage": "low rank, refitted", "tokens": 0}, rival
 
 
 def main():

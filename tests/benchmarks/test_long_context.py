@@ -1,8 +1,10 @@
 """What the long-context study measures, on a tiny model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from long_context import DEPTHS, EDGES, LAGS, by_copy, by_needle, by_position
+from long_context import DEPTHS, EDGES, LAGS, by_copy, by_needle, by_position, models
 from quantized_cache import EXACT, block_loss, cache_bytes, make_cache
 
 from dha_utils import load_checkpoint, perplexity
@@ -12,6 +14,14 @@ from dha_utils.measure.perplexity import token_losses
 @pytest.fixture(scope="module")
 def austen():
     return load_checkpoint("austen-mha")
+
+
+def test_every_model_has_a_name_of_its_own():
+    asked = SimpleNamespace(
+        repeated=0.25, budgets=[0.5, 0.25], calibration_blocks=2, length=8, tokens=64, model="m", text="t"
+    )
+    named = [str(name) for name, _ in models(asked, None, None, torch.zeros(4, 8, dtype=torch.long))]
+    assert len(named) == len(set(named)) == 1 + 2 * 3
 
 
 def test_positions_cover_a_text_once(gqa, blocks):

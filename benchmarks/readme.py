@@ -87,12 +87,12 @@ def speed_table():
     )
     lines = ["| decoding over half of the cache: attention | loads | DHA, times as fast | low-rank cache, times as slow |"]
     lines.append("|---" * 4 + "|")
-    for (shape, threads), own in rows.groupby(["shape", "threads"]):
+    for (shape, threads, processor), own in rows.groupby(["shape", "threads", "processor"]):
         dha, rank = (own.loc[own["method"] == name, "speedup"] for name in ("DHA", "low rank"))
-        sizes = own.sort_values(["batch", "context"])
+        sizes = own.assign(tokens=own["batch"] * own["context"]).sort_values(["tokens", "batch"])
         loads = [f"{size.batch} × {size.context:,}" for size in (sizes.iloc[0], sizes.iloc[-1])]
         lines.append(
-            f"| {shape}, {threads} core{'s' * (threads > 1)} | {' to '.join(loads)} tokens "
+            f"| {shape}, {threads} core{'s' * (threads > 1)} with {processor} | {' to '.join(loads)} tokens "
             f"| {dha.min():.1f} to {dha.max():.1f} | {1 / rank.max():.0f} to {1 / rank.min():.0f} |"
         )
     return "\n".join(lines)

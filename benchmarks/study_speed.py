@@ -35,14 +35,15 @@ def speedups(rows):
 
 
 def model_name(row):
-    """“LLaMA-2-7B, 2 layers, bfloat16”."""
-    return f"{row['shape']}, {row['layers']} layer{'s' if row['layers'] > 1 else ''}, {row['dtype']}"
+    """“LLaMA-2-7B, 2 layers, bfloat16, AVX2”."""
+    return f"{row['shape']}, {row['layers']} layer{'s' if row['layers'] > 1 else ''}, {row['dtype']}, {row['processor']}"
 
 
 def named(speeds, part):
     """`speedups` of one part as columns, with `model` and `load` ("8 × 4,096": sequences × tokens of each) in words."""
     rows = speeds.xs(part, level="part").reset_index()
-    rows = rows.sort_values(["dtype", "shape", "batch", "context"], ascending=[False, True, True, True], kind="stable")
+    order = ["dtype", "shape", "processor", "batch", "context"]
+    rows = rows.sort_values(order, ascending=[False, True, True, True, True], kind="stable")
     rows["load"] = [f"{batch} × {context:,}" for batch, context in zip(rows["batch"], rows["context"])]
     return rows.assign(model=rows.apply(model_name, axis=1))
 

@@ -111,7 +111,7 @@ def test_the_tables_have_a_row_a_load(rows):
     speeds = speedups(pd.concat([rows, other]))
     table = speed_table(speeds, "attention")
     assert list(table) == ["source (ms)", "source, our code", "DHA, 50%", "GQA, 50%", "DHA, 25%", "GQA, 25%"]
-    assert table.index.tolist() == [("s, 1 layer, float32", 2, 8), ("a, 1 layer, bfloat16", 2, 1024)]
+    assert table.index.tolist() == [("s, 1 layer, float32, AVX2", 2, 8), ("a, 1 layer, bfloat16, AVX2", 2, 1024)]
     assert table["DHA, 25%"].tolist() == [4.0, "–"] and table["source (ms)"].tolist() == [2000, 2000]
     assert speed_table(speeds, "generate")["source (ms)"].tolist() == [500, 500], "a token of four"
     assert low_rank_table(speeds)["50% of the cache"].tolist() == pytest.approx([10 * 0.5**0.5] * 2)
@@ -120,7 +120,7 @@ def test_the_tables_have_a_row_a_load(rows):
 def test_a_panel_a_model_and_a_line_a_load(rows):
     other = rows[rows["method"] != "GQA"].assign(shape="a", layers=2)
     figure = speedup_chart(speedups(pd.concat([rows, other])), "attention", "title")
-    assert [axis.get_title() for axis in figure.axes] == ["a, 2 layers, float32", "s, 1 layer, float32"]
+    assert [axis.get_title() for axis in figure.axes] == ["a, 2 layers, float32, AVX2", "s, 1 layer, float32, AVX2"]
     for axis, methods in zip(figure.axes, (len(SERIES) - 1, len(SERIES))):
         assert [text.get_text() for text in axis.get_yticklabels()] == ["2 × 8, 50%", "2 × 8, 25%"]
         assert len(axis.containers) == 2 * methods
